@@ -1,0 +1,179 @@
+"""The one place that decides which kernel runs an op.
+
+An op family (the causal convolution, the selective scan) registers its kernels here, per backend; `Family.choose`
+picks one for the device of the tensors at hand. A backend changes the speed of a call, never its result.
+
+    cuda     CUDA tensors, compiled extension modules
+    native   CPU tensors, compiled C++ kernels
+    torch    any device, pure PyTorch; always there
+
+Only this module reads `CAUSAL_CONV1D_FORCE_FALLBACK` and `SELECTIVE_SCAN_FORCE_FALLBACK` (TRUE, 1, YES or ON in any
+case force `torch`), at the first use of an op, not at import. `python -m causal_conv1d.backend` prints what will run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any, TypeVar
+
+BACKENDS = ("cuda", "native", "torch")
+DEVICE_OF = {"cuda": "cuda", "native": "cpu"}  # the only device a compiled backend runs on
+TRUE_VALUES = frozenset({"TRUE", "1", "YES", "ON"})
+
+logger = logging.getLogger("causal_conv1d.backend")
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+_requested: ContextVar[str | None] = ContextVar("requested_backend", default=None)
+_families: dict[str, Family] = {}
+
+
+class Family:
+    """The kernels of one group of ops, and the choice among them.
+
+    Args:
+        name: what users see, for example "selective_scan".
+        variable: the environment variable that forces the `torch` backend.
+        package: the import name of the package that owns the kernels; its build notes say why one is missing.
+        folder: the package's folder in the repository, for the command that mends a missing backend.
+    """
+
+    def __init__(self, name: str, variable: str, package: str, folder: str) -> None:
+        self.name = name
+        self.variable = variable
+        self.package = package
+        self.folder = folder
+        self._kernels: dict[str, dict[str, Callable[..., Any]]] = {backend: {} for backend in BACKENDS}
+        self._forced: bool | None = None
+        self._told: set[str] = set()
+        _families[name] = self
+
+    def kernel(self, backend: str, op: str) -> Callable[[Kernel], Kernel]:
+        """Decorator: the function is the kernel of `op` on `backend`."""
+
+        def register(function: Kernel) -> Kernel:
+            self._kernels[backend][op] = function
+            return function
+
+        return register
+
+    @property
+    def forced(self) -> bool:
+        """Whether the environment forces the `torch` backend; read once, at first use."""
+        if self._forced is None:
+            self._forced = os.environ.get(self.variable, "").strip().upper() in TRUE_VALUES
+        return self._forced
+
+    def missing(self, backend: str) -> str | None:
+        """Why a backend cannot run, as a clause; None where it can."""
+        if backend == "torch":
+            return None
+        if self.forced:
+            return f"{self.variable} is set"
+        if not self._kernels[backend]:
+            return _build_notes(self.package).get(backend, "its kernels were not built")
+        return None
+
+    def preferred(self, device_type: str) -> str:
+        """The backend an automatic choice takes for tensors on a device of this type."""
+        for backend in BACKENDS:
+            if DEVICE_OF.get(backend, device_type) == device_type and self.missing(backend) is None:
+                return backend
+        raise AssertionError("the torch backend is always there")
+
+    def choose(self, op: str, device_type: str) -> Callable[..., Any]:
+        """The kernel that runs `op` on tensors of this device type.
+
+        Raises:
+            RuntimeError: `use_backend` asked for a backend that cannot run this call.
+        """
+        requested = _requested.get()
+        if requested is not None:
+            self._require(requested, op, device_type)
+            return self._kernels[requested][op]
+        backend = self.preferred(device_type)
+        if op not in self._kernels[backend]:
+            self._tell_once(f"{op}: the {backend} backend has no kernel for it; the torch backend runs it")
+            backend = "torch"
+        return self._kernels[backend][op]
+
+    def require(self, backend: str) -> None:
+        """Raise RuntimeError, with the reason and the mend, if a backend is not there."""
+        reason = self.missing(backend)
+        if reason is not None:
+            mend = (
+                f"unset {self.variable}"
+                if self.forced
+                else f"install ./{self.folder} again with what is missing in place, or use the torch backend"
+            )
+            raise RuntimeError(f"the {backend} backend of {self.name} cannot run: {reason}; {mend}")
+
+    def _require(self, backend: str, op: str, device_type: str) -> None:
+        self.require(backend)
+        device = DEVICE_OF.get(backend, device_type)
+        if device != device_type:
+            raise RuntimeError(
+                f"the {backend} backend runs {device} tensors and {op} got {device_type} tensors; "
+                f"move them with .to({device!r}) or use the torch backend"
+            )
+        if op not in self._kernels[backend]:
+            raise RuntimeError(f"the {backend} backend has no kernel for {op}; use the torch backend")
+
+    def _tell_once(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            logger.info(message)
+
+
+@cache
+def _build_notes(package: str) -> dict[str, str]:
+    """What the package's set-up left out, and why: {backend: reason}. Empty when it was not built by its set-up."""
+    try:
+        return importlib.import_module(f"{package}._build").REASONS
+    except ModuleNotFoundError:
+        return {}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for every op called inside, gradients included if `backward()` is called inside too.
+
+    Args:
+        name: "cuda", "native" or "torch".
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the backend is not there, or a call inside cannot run on it; says why and what to do.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"`name` must be one of {', '.join(BACKENDS)}, got {name!r}")
+    for family in _families.values():
+        family.require(name)
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def available_backends() -> dict[str, dict[str, str | None]]:
+    """{family: {backend: None where it can run, else why not}} for every op family imported so far."""
+    return {name: {backend: family.missing(backend) for backend in BACKENDS} for name, family in _families.items()}
+
+
+def report() -> str:
+    """What runs on CPU and on CUDA tensors, and why, as the lines a person reads."""
+    lines = []
+    for name, family in _families.items():
+        lines.append(
+            f"{name}: CPU tensors run on '{family.preferred('cpu')}', CUDA tensors on '{family.preferred('cuda')}'"
+        )
+        for backend in BACKENDS:
+            reason = family.missing(backend)
+            lines.append(f"  {backend:<7}{'available' if reason is None else 'not available: ' + reason}")
+    return "\n".join(lines)

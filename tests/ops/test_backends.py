@@ -1,0 +1,125 @@
+"""The choice of a backend: forced by the environment, asked for, reported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import causal_conv1d
+from causal_conv1d import backend as backends
+
+VARIABLES = ("CAUSAL_CONV1D_FORCE_FALLBACK", "SELECTIVE_SCAN_FORCE_FALLBACK")
+
+
+@pytest.fixture
+def family(monkeypatch: pytest.MonkeyPatch) -> backends.Family:
+    """A family of its own with a native kernel, so that choices can be tried where nothing was compiled."""
+    monkeypatch.setattr(backends, "_families", {})
+    monkeypatch.delenv("TRIAL_FORCE_FALLBACK", raising=False)
+    made = backends.Family("trial", "TRIAL_FORCE_FALLBACK", "causal_conv1d", "causal-conv1d")
+    made.kernel("torch", "twice")(lambda x: ("torch", 2 * x))
+    made.kernel("torch", "thrice")(lambda x: ("torch", 3 * x))
+    made.kernel("native", "twice")(lambda x: ("native", 2 * x))
+    return made
+
+
+def test_the_best_that_is_there_runs(family: backends.Family) -> None:
+    assert family.choose("twice", "cpu")(1) == ("native", 2)
+    assert family.choose("twice", "cuda")(1) == ("torch", 2)
+    assert family.choose("twice", "mps")(1) == ("torch", 2)
+    assert family.choose("thrice", "cpu")(1) == ("torch", 3)  # no native kernel: one step down
+
+
+@pytest.mark.parametrize("value", ["TRUE", "true", "1", "Yes", "on", " ON "])
+def test_the_environment_forces_torch(family: backends.Family, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("TRIAL_FORCE_FALLBACK", value)
+    assert family.choose("twice", "cpu")(1) == ("torch", 2)
+    assert "TRIAL_FORCE_FALLBACK is set" in str(family.missing("native"))
+    with pytest.raises(RuntimeError, match="unset TRIAL_FORCE_FALLBACK"), backends.use_backend("native"):
+        pass
+
+
+@pytest.mark.parametrize("value", ["", "0", "FALSE", "no", "off"])
+def test_other_values_force_nothing(family: backends.Family, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("TRIAL_FORCE_FALLBACK", value)
+    assert family.choose("twice", "cpu")(1) == ("native", 2)
+
+
+def test_an_explicit_request_never_steps_down(family: backends.Family) -> None:
+    with backends.use_backend("torch"):
+        assert family.choose("twice", "cpu")(1) == ("torch", 2)
+    with backends.use_backend("native"):
+        assert family.choose("twice", "cpu")(1) == ("native", 2)
+        with pytest.raises(RuntimeError, match="native backend runs cpu tensors and twice got cuda tensors"):
+            family.choose("twice", "cuda")
+        with pytest.raises(RuntimeError, match="no kernel for thrice"):
+            family.choose("thrice", "cpu")
+    assert family.choose("twice", "cpu")(1) == ("native", 2)
+    with pytest.raises(RuntimeError, match="cuda backend of trial cannot run"), backends.use_backend("cuda"):
+        pass
+    with pytest.raises(ValueError, match="'tpu'"), backends.use_backend("tpu"):
+        pass
+
+
+def test_the_report_names_every_family_and_reason() -> None:
+    known = backends.available_backends()
+    assert set(known) == {"causal_conv1d", "selective_scan"}
+    text = backends.report()
+    for name, found in known.items():
+        assert name in text
+        assert found["torch"] is None
+        assert all(reason in text for reason in found.values() if reason)
+
+
+def run(*command: str, **environment: str) -> str:
+    """Run Python in a new process that finds the packages as this one does."""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", *command],
+        env=os.environ | {"PYTHONPATH": paths} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def test_the_variables_are_read_at_first_use_not_at_import() -> None:
+    program = (
+        "import os, mamba_ssm, torch\n"
+        f"for name in {VARIABLES!r}: os.environ[name] = 'TRUE'\n"
+        "from causal_conv1d.backend import available_backends\n"
+        "print(sorted({reason for family in available_backends().values() for reason in family.values() if reason}))\n"
+        "print(mamba_ssm.Mamba(8, bimamba_type='v2')(torch.randn(1, 3, 8)).shape)\n"
+    )
+    out = run("-c", program)
+    assert all(f"{name} is set" in out for name in VARIABLES)
+    assert "torch.Size([1, 3, 8])" in out
+
+
+def test_the_commands_print_the_report() -> None:
+    assert "causal_conv1d: CPU tensors run on" in run("-m", "causal_conv1d.backend")
+    out = run("-m", "mamba_ssm", SELECTIVE_SCAN_FORCE_FALLBACK="1")
+    assert "selective_scan: CPU tensors run on 'torch'" in out
+    assert "SELECTIVE_SCAN_FORCE_FALLBACK is set" in out
+
+
+def test_imports_need_neither_triton_nor_transformers() -> None:
+    program = (
+        "import sys\n"
+        "for name in ('triton', 'transformers', 'einops', 'causal_conv1d_cuda', 'selective_scan_cuda', 'timm'):\n"
+        "    sys.modules[name] = None\n"
+        "import causal_conv1d, mamba_ssm\n"
+        "import mamba_ssm.ops.triton.layernorm, mamba_ssm.ops.triton.selective_state_update\n"
+        "import mamba_ssm.utils.generation, mamba_ssm.utils.hf\n"
+        "print(causal_conv1d.__version__, mamba_ssm.__version__)\n"
+    )
+    assert run("-c", program).split() == ["1.4.0", "1.1.1"]
+
+
+def test_the_public_names_are_functions_of_this_package() -> None:
+    assert causal_conv1d.causal_conv1d_fn(torch.zeros(1, 1, 2), torch.ones(1, 2)).shape == (1, 1, 2)
