@@ -75,19 +75,13 @@ class Mamba(nn.Module):
         init_layer_scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.d_model = d_model
-        self.d_state = d_state
-        self.d_conv = d_conv
-        self.expand = expand
+        self.bimamba_type = _known_type(bimamba_type)
+        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
-        self.use_fast_path = use_fast_path
-        self.layer_idx = layer_idx
-        self.bimamba_type = _known_type(bimamba_type)
-        self.if_divide_out = if_divide_out
-        self.init_layer_scale = init_layer_scale
-        self.activation = "silu"
-        self.act = nn.SiLU()
+        self.layer_idx, self.use_fast_path = layer_idx, use_fast_path
+        self.if_divide_out, self.init_layer_scale = if_divide_out, init_layer_scale
+        self.activation, self.act = "silu", nn.SiLU()
         if init_layer_scale is not None:
             self.gamma = nn.Parameter(init_layer_scale * torch.ones(d_model))
 
