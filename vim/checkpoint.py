@@ -1,0 +1,241 @@
+"""Read, use and write checkpoints; nothing in a checkpoint is ever executed.
+
+Layouts that are read: {"model": weights, "model_ema": ..., "args": ..., "epoch": ...} of `main.py`,
+{"state_dict": ...}, {"module": ...}, a bare {name: tensor}, and safetensors (class names, model name and picture size
+in its metadata).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from checkpoint_sources import CheckpointError, find_file
+from pos_embed import resize_pos_embed
+from weights import LoadReport, load_weights
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "LoadReport",
+    "load_weights",
+    "read_checkpoint",
+    "resize_pos_embed",
+    "save_checkpoint",
+]
+
+_WEIGHT_ENTRIES = ("model", "state_dict", "module")
+_METADATA = ("class_names", "model_name", "img_size", "epoch")
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Attributes:
+        model, ema: weights by name; `ema` is their moving average, None if the file has none.
+        args: the command line of the training run, if it was stored.
+        epoch: the last finished epoch, counted from 0.
+        class_names: names by class number.
+        model_name, img_size: registered name and picture size (pixels) of the network, when the file says.
+        source: the file or repository that was read, for messages.
+        extra: everything else: optimizer, lr_scheduler, scaler ...
+    """
+
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor] | None = None
+    args: argparse.Namespace | None = None
+    epoch: int | None = None
+    class_names: list[str] | None = None
+    model_name: str | None = None
+    img_size: int | tuple[int, int] | None = None
+    source: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the head: rows of head.weight, 0 without a head."""
+        head = self.model.get("head.weight")
+        return 0 if head is None or head.ndim == 0 else head.shape[0]
+
+
+def read_checkpoint(source: str, *, finetuned: bool = False, cache_dir: str | None = None) -> Checkpoint:
+    """Read a checkpoint onto the CPU.
+
+    Args:
+        source: a .pth, .pt, .bin or .safetensors file; an https:// address of one; a Hugging Face repository
+            "owner/name".
+        finetuned: take a repository's fine-tuned (stride 8) weights.
+        cache_dir: folder for downloads.
+    Raises:
+        CheckpointError: not found, not readable, truncated, of another format, or with code in it; one sentence.
+    """
+    path, name = find_file(str(source), finetuned, cache_dir)
+    payload = _read_safetensors(path, name) if _is_safetensors(path) else _read_torch(path, name)
+    return _interpret(payload, name)
+
+
+def _is_safetensors(path: Path) -> bool:
+    return path.suffix.lower() == ".safetensors"
+
+
+def _read_safetensors(path: Path, name: str) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            payload: dict[str, Any] = {"model": {key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118
+            metadata = file.metadata() or {}
+        payload.update({key: json.loads(metadata[key]) for key in _METADATA if key in metadata})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name} is not a whole safetensors file ({_first_line(error)}): download or write it again"
+        ) from error
+    return payload
+
+
+def _namespaces_allowed() -> contextlib.AbstractContextManager[Any]:
+    """Let torch.load read argparse.Namespace (plain attributes) besides tensors and numbers."""
+    if hasattr(torch.serialization, "safe_globals"):
+        return torch.serialization.safe_globals([argparse.Namespace])
+    torch.serialization.add_safe_globals([argparse.Namespace])  # torch 2.4 has no context manager for it
+    return contextlib.nullcontext()
+
+
+def _read_torch(path: Path, name: str) -> Any:
+    try:
+        with _namespaces_allowed():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign:
+            raise CheckpointError(
+                f"{name} holds a Python object ({foreign.group(1).rstrip('.')}) besides tensors and numbers, which "
+                "could run code, so it is refused: save the weights alone, or as safetensors"
+            ) from error
+        raise CheckpointError(_unreadable(name, error)) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise CheckpointError(_unreadable(name, error)) from error
+
+
+def _unreadable(name: str, error: BaseException) -> str:
+    if isinstance(error, PermissionError):
+        return f"{name} cannot be read: permission denied"
+    return (
+        f"{name} is not a checkpoint that can be read: it is truncated, of another format or (after a git clone) only "
+        "a pointer to the file; download it again"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _interpret(payload: Any, name: str) -> Checkpoint:
+    """Sort the entries of a checkpoint into their places."""
+    if not isinstance(payload, Mapping):
+        raise CheckpointError(f"{name} holds a {type(payload).__name__}, not the weights of a model by name")
+    entries = dict(payload)
+    key = next((key for key in _WEIGHT_ENTRIES if isinstance(entries.get(key), Mapping)), None)
+    if key is None:
+        if not entries or not all(isinstance(value, Tensor) for value in entries.values()):
+            listed = ", ".join(str(entry) for entry in list(entries)[:8]) or "nothing"
+            raise CheckpointError(f"{name} holds no weights: its entries are {listed}")
+        return Checkpoint(_checked_weights(entries, name), source=name)
+    args = entries.pop("args", None)
+    args = args if isinstance(args, argparse.Namespace) else None
+    ema = entries.pop("model_ema", None)
+    img_size = entries.pop("img_size", getattr(args, "input_size", None))
+    return Checkpoint(
+        model=_checked_weights(entries.pop(key), name),
+        ema=_checked_weights(ema, name) if isinstance(ema, Mapping) and ema else None,
+        args=args,
+        epoch=_typed(int, entries.pop("epoch", None)),
+        class_names=_class_names(entries.pop("class_names", None), name),
+        model_name=_typed(str, entries.pop("model_name", None) or getattr(args, "model", None)),
+        img_size=_size(img_size),
+        source=name,
+        extra=entries,
+    )
+
+
+def _typed(kind: type, value: Any) -> Any:
+    return value if isinstance(value, kind) and not isinstance(value, bool) else None
+
+
+def _size(value: Any) -> int | tuple[int, int] | None:
+    """Return a picture size, one number or two; None for anything else."""
+    sides = value if isinstance(value, list | tuple) else [value]
+    if len(sides) not in (1, 2) or any(_typed(int, side) is None for side in sides):
+        return None
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def _class_names(value: Any, name: str) -> list[str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not all(isinstance(entry, str) for entry in value):
+        raise CheckpointError(f"{name} holds class_names that are no list of texts")
+    return list(value)
+
+
+def _checked_weights(weights: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """Return weights by name, without the prefix that torch's data-parallel wrapper puts before every name."""
+    if not weights:
+        raise CheckpointError(f"{name} holds no weights")
+    for key, value in weights.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{name} holds a {type(value).__name__} under {key!r}, not a tensor under its name")
+        if value.is_meta or value.layout != torch.strided or value.is_complex():
+            raise CheckpointError(f"{name} holds under {key!r} a tensor that is no array of real numbers")
+    prefix = "module." if all(key.startswith("module.") for key in weights) else ""
+    return {key[len(prefix) :]: value for key, value in weights.items()}
+
+
+def save_checkpoint(path: str | Path, contents: dict[str, Any]) -> None:
+    """Write a checkpoint whole or not at all: to a temporary file beside it, flushed to the disk, then renamed.
+
+    Args:
+        path: ends in .safetensors for weights alone (with class_names, model_name, img_size and epoch as metadata); any
+            other name for torch's format.
+        contents: "model" (weights by name) and what else belongs in it.
+    Raises:
+        CheckpointError: it cannot be written, or holds what safetensors has no place for; an older file stays.
+    """
+    path = Path(path)
+    if _is_safetensors(path):
+        unfit = sorted(set(contents) - {"model", *_METADATA})
+        if unfit:
+            raise CheckpointError(
+                f"a .safetensors file holds weights and {', '.join(_METADATA)} alone, not {', '.join(unfit)}: "
+                f"call {path.name} .pth instead"
+            )
+        tensors = {key: value.detach().cpu().clone().contiguous() for key, value in contents["model"].items()}
+        metadata = {key: json.dumps(contents[key]) for key in _METADATA if contents.get(key) is not None}
+        _write_whole(path, lambda file: save_file(tensors, file, metadata={"format": "pt", **metadata}))
+    else:
+        _write_whole(path, lambda file: torch.save(contents, file))
+
+
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {path}: {_first_line(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
