@@ -1,0 +1,158 @@
+"""The command line of main.py: every flag, its type, its default."""
+
+import argparse
+
+import pytest
+import torch
+
+from flags import get_args_parser, is_given
+
+DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# flag, what is typed after it, the value that gives, the default (specification 5.1)
+VALUES = [
+    ("--batch-size", "3", 3, 64),
+    ("--val-batch-size", "3", 3, None),
+    ("--epochs", "3", 3, 300),
+    ("--model", "vim_x", "vim_x", "deit_base_patch16_224"),
+    ("--input-size", "96", 96, 224),
+    ("--drop", "0.5", 0.5, 0.0),
+    ("--drop-path", "0.5", 0.5, 0.1),
+    ("--model-ema-decay", "0.9", 0.9, 0.99996),
+    ("--opt", "sgd", "sgd", "adamw"),
+    ("--opt-eps", "1e-6", 1e-6, 1e-8),
+    ("--opt-betas", "0.8 0.9", [0.8, 0.9], None),
+    ("--clip-grad", "1", 1.0, None),
+    ("--momentum", "0.8", 0.8, 0.9),
+    ("--weight-decay", "0.1", 0.1, 0.05),
+    ("--sched", "step", "step", "cosine"),
+    ("--lr", "1e-3", 1e-3, 5e-4),
+    ("--lr-noise", "0.4 0.9", [0.4, 0.9], None),
+    ("--lr-noise-pct", "0.5", 0.5, 0.67),
+    ("--lr-noise-std", "0.5", 0.5, 1.0),
+    ("--warmup-lr", "1e-5", 1e-5, 1e-6),
+    ("--min-lr", "1e-6", 1e-6, 1e-5),
+    ("--decay-epochs", "2.5", 2.5, 30),
+    ("--warmup-epochs", "2", 2, 5),
+    ("--cooldown-epochs", "2", 2, 10),
+    ("--patience-epochs", "2", 2, 10),
+    ("--decay-rate", "0.2", 0.2, 0.1),
+    ("--color-jitter", "0.2", 0.2, 0.3),
+    ("--aa", "original", "original", "rand-m9-mstd0.5-inc1"),
+    ("--smoothing", "0.2", 0.2, 0.1),
+    ("--train-interpolation", "random", "random", "bicubic"),
+    ("--reprob", "0.5", 0.5, 0.25),
+    ("--remode", "const", "const", "pixel"),
+    ("--recount", "2", 2, 1),
+    ("--mixup", "0.2", 0.2, 0.8),
+    ("--cutmix", "0.2", 0.2, 1.0),
+    ("--cutmix-minmax", "0.2 0.8", [0.2, 0.8], None),
+    ("--mixup-prob", "0.5", 0.5, 1.0),
+    ("--mixup-switch-prob", "0.1", 0.1, 0.5),
+    ("--mixup-mode", "pair", "pair", "batch"),
+    ("--teacher-model", "resnet50", "resnet50", "regnety_160"),
+    ("--teacher-path", "t.pth", "t.pth", ""),
+    ("--distillation-type", "soft", "soft", "none"),
+    ("--distillation-alpha", "0.1", 0.1, 0.5),
+    ("--distillation-tau", "3", 3.0, 1.0),
+    ("--finetune", "f.pth", "f.pth", ""),
+    ("--pos-embed-resize", "upstream", "upstream", "middle"),
+    ("--data-path", "here", "here", "/datasets01/imagenet_full_size/061417/"),
+    ("--data-set", "CIFAR", "CIFAR", "IMNET"),
+    ("--inat-category", "genus", "genus", "name"),
+    ("--output_dir", "out", "out", ""),
+    ("--device", "cuda:1", "cuda:1", DEFAULT_DEVICE),
+    ("--seed", "7", 7, 0),
+    ("--resume", "r.pth", "r.pth", ""),
+    ("--start_epoch", "3", 3, 0),
+    ("--eval-crop-ratio", "1", 1.0, 0.875),
+    ("--num_workers", "0", 0, 10),
+    ("--world_size", "2", 2, 1),
+    ("--dist_url", "tcp://a:1", "tcp://a:1", "env://"),
+    ("--local-rank", "1", 1, 0),
+]
+SWITCHES = [
+    "--bce-loss",
+    "--unscale-lr",
+    "--model-ema-force-cpu",
+    "--ThreeAugment",
+    "--src",
+    "--resplit",
+    "--cosub",
+    "--attn-only",
+    "--eval",
+    "--dist-eval",
+    "--distributed",
+]
+# flag, its opposite, default
+PAIRS = [
+    ("--model-ema", "--no-model-ema", True),
+    ("--repeated-aug", "--no-repeated-aug", True),
+    ("--train-mode", "--no-train-mode", True),
+    ("--pin-mem", "--no-pin-mem", True),
+    ("--if_amp", "--no_amp", False),
+    ("--if_continue_inf", "--no_continue_inf", False),
+    ("--if_nan2num", "--no_nan2num", False),
+    ("--if_random_cls_token_position", "--no_random_cls_token_position", False),
+    ("--if_random_token_rank", "--no_random_token_rank", False),
+]
+CHOICES = {
+    "--train-interpolation": ["random", "bilinear", "bicubic"],
+    "--distillation-type": ["none", "soft", "hard"],
+    "--data-set": ["CIFAR", "IMNET", "INAT", "INAT19"],
+    "--inat-category": ["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"],
+    "--pos-embed-resize": ["middle", "upstream"],
+}
+
+
+def value_of(args: argparse.Namespace, flag: str) -> object:
+    return getattr(args, flag.lstrip("-").replace("-", "_"))
+
+
+@pytest.mark.parametrize(("flag", "typed", "value", "default"), VALUES, ids=[row[0] for row in VALUES])
+def test_flag_with_value(flag, typed, value, default):
+    given = value_of(get_args_parser().parse_args([flag, *typed.split()]), flag)
+    absent = value_of(get_args_parser().parse_args([]), flag)
+    assert (given, absent) == (value, default)
+    assert type(given) is type(value)
+
+
+@pytest.mark.parametrize("flag", SWITCHES)
+def test_switch(flag):
+    assert value_of(get_args_parser().parse_args([flag]), flag) is True
+    assert value_of(get_args_parser().parse_args([]), flag) is False
+
+
+@pytest.mark.parametrize(("flag", "opposite", "default"), PAIRS, ids=[row[0] for row in PAIRS])
+def test_pair(flag, opposite, default):
+    typed = [[flag], [opposite], []]
+    values = [value_of(get_args_parser().parse_args(line), flag) for line in typed]
+    assert values == [True, False, default]
+
+
+@pytest.mark.parametrize("flag", CHOICES)
+def test_choices(flag, capsys):
+    for choice in CHOICES[flag]:
+        assert value_of(get_args_parser().parse_args([flag, choice]), flag) == choice
+    with pytest.raises(SystemExit):
+        get_args_parser().parse_args([flag, "nonsense"])
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def test_the_tables_name_every_flag_and_each_has_a_meaning():
+    actions = get_args_parser()._actions
+    here = {row[0] for row in VALUES} | set(SWITCHES) | {name for row in PAIRS for name in row[:2]} | {"--dr"}
+    assert {name for action in actions for name in action.option_strings} == here
+    assert not [action.option_strings for action in actions if not action.help]
+
+
+def test_short_name_of_decay_rate_and_use_as_parent():
+    parser = argparse.ArgumentParser(parents=[get_args_parser()])  # fails if the parent has a --help of its own
+    assert parser.parse_args(["--dr", "0.5"]).decay_rate == 0.5
+    assert "--val-batch-size" in parser.format_help()
+
+
+def test_what_was_typed_is_known():
+    args = get_args_parser().parse_args(["--input-size", "224"])
+    assert is_given(args, "input_size")
+    assert not is_given(args, "model")
+    assert not is_given(get_args_parser().parse_args([]), "input_size")

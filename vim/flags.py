@@ -1,0 +1,251 @@
+"""The command line of `main.py`: every flag with its type, default and meaning, in groups."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+class UsageError(ValueError):
+    """A command line that cannot be carried out; its text is one sentence for the person who typed it."""
+
+
+class _StoreAndRemember(argparse.Action):
+    """Store the value, and note in `namespace.given` that it was typed and is not the default."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.given = (*getattr(namespace, "given", ()), self.dest)
+
+
+def is_given(args: argparse.Namespace, dest: str) -> bool:
+    """Whether the person typed the flag stored under `dest` (known for --model and --input-size only)."""
+    return dest in getattr(args, "given", ())
+
+
+class _Flags:
+    """One named group of flags; keeps the lines below short enough to be read as a table."""
+
+    def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
+        self._group = parser.add_argument_group(title)
+
+    def value(self, names: str, kind: type, default: Any, meaning: str, **options: Any) -> None:
+        """A flag with a value; other names for it may follow after a space."""
+        shown = "" if default in (None, "") else " (default: %(default)s)"
+        self._group.add_argument(*names.split(), type=kind, default=default, help=meaning + shown, **options)
+
+    def values(self, name: str, meaning: str) -> None:
+        """A flag with one or more floats; unset by default."""
+        self._group.add_argument(name, type=float, nargs="+", default=None, metavar="X", help=meaning)
+
+    def switch(self, name: str, meaning: str) -> None:
+        """A flag without a value, off by default."""
+        self._group.add_argument(name, action="store_true", help=meaning)
+
+    def pair(self, name: str, opposite: str, default: bool, meaning: str) -> None:
+        """A flag and its opposite for one setting."""
+        dest = name.lstrip("-").replace("-", "_")
+        state = "on" if default else "off"
+        self._group.add_argument(
+            name, action="store_true", dest=dest, default=default, help=f"{meaning} (default: {state})"
+        )
+        self._group.add_argument(opposite, action="store_false", dest=dest, help=f"the opposite of {name}")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Return the parser of `main.py`, without `--help`, to be used as a parent of other parsers."""
+    parser = argparse.ArgumentParser(add_help=False)
+    _add_run_flags(parser)
+    _add_data_flags(parser)
+    _add_model_flags(parser)
+    _add_optimizer_flags(parser)
+    _add_schedule_flags(parser)
+    _add_augmentation_flags(parser)
+    _add_mixing_flags(parser)
+    _add_distillation_flags(parser)
+    _add_precision_flags(parser)
+    _add_process_flags(parser)
+    return parser
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    flags = _Flags(parser, "what to run, and on what")
+    flags.switch("--eval", "evaluate only: print Acc@1, Acc@5 and the loss on the validation pictures")
+    flags.value("--resume", str, "", "checkpoint to evaluate or to go on from: a file, an https:// URL, a hub id")
+    flags.value("--finetune", str, "", "checkpoint to start from; its head is dropped where the class count differs")
+    flags.value(
+        "--pos-embed-resize",
+        str,
+        "middle",
+        "how position embeddings go to another size: middle keeps the class token's row where it is; "
+        "upstream takes row 0 for it, as the fine-tuning recipe of the published + weights did",
+        choices=("middle", "upstream"),
+    )
+    flags.value("--start_epoch", int, 0, "number of the first epoch")
+    flags.value("--epochs", int, 300, "number of epochs")
+    flags.value("--output_dir", str, "", "folder for checkpoints and logs; nothing is saved without it")
+    flags.value("--device", str, _default_device(), "cpu, cuda, cuda:1 ...; CUDA where there is one, else the CPU")
+    flags.value("--seed", int, 0, "seed of the random numbers; the rank of the process is added")
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+    flags = _Flags(parser, "data")
+    flags.value(
+        "--data-path",
+        str,
+        "/datasets01/imagenet_full_size/061417/",
+        "folder with train/ and val/, each with one folder of pictures per class; --eval needs val/ only",
+    )
+    flags.value("--data-set", str, "IMNET", "kind of data set", choices=("CIFAR", "IMNET", "INAT", "INAT19"))
+    flags.value(
+        "--inat-category",
+        str,
+        "name",
+        "what counts as a class of iNaturalist",
+        choices=("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"),
+    )
+    flags.value("--batch-size", int, 64, "pictures per step and process")
+    flags.value("--val-batch-size", int, None, "pictures per step in evaluation (default: that of --batch-size)")
+    flags.value("--eval-crop-ratio", float, 0.875, "part of the resized picture's edge that the crop keeps")
+    flags.value("--num_workers", int, 10, "processes that read pictures, at most one per CPU; 0: none of their own")
+    flags.pair("--pin-mem", "--no-pin-mem", True, "page-locked memory for quicker copies to a GPU")
+    flags.switch("--dist-eval", "share the validation pictures out among the processes, each picture once")
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    flags = _Flags(parser, "model")
+    flags.value(
+        "--model",
+        str,
+        "deit_base_patch16_224",
+        "a Vim of models_mamba.py or any timm model",
+        action=_StoreAndRemember,
+    )
+    flags.value("--input-size", int, 224, "edge of the square input, pixels", action=_StoreAndRemember)
+    flags.value("--drop", float, 0.0, "dropout rate")
+    flags.value("--drop-path", float, 0.1, "stochastic depth rate of the last layer")
+    flags.pair("--model-ema", "--no-model-ema", True, "moving average of the weights, and its evaluation")
+    flags.value("--model-ema-decay", float, 0.99996, "decay of the moving average per step")
+    flags.switch("--model-ema-force-cpu", "keep the moving average in CPU memory")
+    flags.pair("--train-mode", "--no-train-mode", True, "train with dropout and batch statistics switched on")
+    flags.switch("--attn-only", "train only attention, head and position embeddings (for models with attention)")
+    flags.pair(
+        "--if_random_cls_token_position",
+        "--no_random_cls_token_position",
+        False,
+        "put the class token at a random position in each training step",
+    )
+    flags.pair(
+        "--if_random_token_rank",
+        "--no_random_token_rank",
+        False,
+        "shuffle the order of the tokens in each training step",
+    )
+
+
+def _add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
+    flags = _Flags(parser, "optimizer and loss")
+    flags.value("--opt", str, "adamw", "a timm optimizer")
+    flags.value("--opt-eps", float, 1e-8, "epsilon of the optimizer")
+    flags.values("--opt-betas", "betas of the optimizer, its own by default")
+    flags.value("--clip-grad", float, None, "largest norm of the gradients (default: no clipping)")
+    flags.value("--momentum", float, 0.9, "momentum, for optimizers that have one")
+    flags.value("--weight-decay", float, 0.05, "weight decay")
+    flags.switch("--bce-loss", "binary cross-entropy over all classes, any target above 0 counting as 1")
+    flags.value("--smoothing", float, 0.1, "label smoothing")
+    flags.switch("--cosub", "co-sub training: each batch twice, each half also taught by the other")
+
+
+def _add_schedule_flags(parser: argparse.ArgumentParser) -> None:
+    flags = _Flags(parser, "learning rate")
+    flags.value("--sched", str, "cosine", "a timm schedule")
+    flags.value("--lr", float, 5e-4, "learning rate for 512 pictures per step, scaled to the real number")
+    flags.switch("--unscale-lr", "take --lr as it is, not scaled by the pictures per step")
+    flags.values("--lr-noise", "parts of the schedule between which noise is added to the learning rate")
+    flags.value("--lr-noise-pct", float, 0.67, "limit of that noise, relative to the learning rate")
+    flags.value("--lr-noise-std", float, 1.0, "standard deviation of that noise")
+    flags.value("--warmup-lr", float, 1e-6, "learning rate at the start of the warm-up, never scaled")
+    flags.value("--min-lr", float, 1e-5, "smallest learning rate of the schedule, never scaled")
+    flags.value("--decay-epochs", float, 30, "epochs between two decays, for the step schedule")
+    flags.value("--warmup-epochs", int, 5, "epochs of warm-up")
+    flags.value("--cooldown-epochs", int, 10, "epochs at the smallest rate in the end")
+    flags.value("--patience-epochs", int, 10, "epochs without progress that the plateau schedule waits")
+    flags.value("--decay-rate --dr", float, 0.1, "factor of one decay")
+
+
+def _add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
+    flags = _Flags(parser, "augmentation")
+    flags.value("--color-jitter", float, 0.3, "strength of the colour jitter")
+    flags.value("--aa", str, "rand-m9-mstd0.5-inc1", "AutoAugment or RandAugment policy, as timm writes it")
+    flags.value(
+        "--train-interpolation",
+        str,
+        "bicubic",
+        "interpolation of the training crops",
+        choices=("random", "bilinear", "bicubic"),
+    )
+    flags.pair("--repeated-aug", "--no-repeated-aug", True, "each picture several times per epoch, if distributed")
+    flags.switch("--ThreeAugment", "3-Augment instead of --aa: one of grey, solarized, blurred")
+    flags.switch("--src", "with --ThreeAugment: simple random crop")
+    flags.value("--reprob", float, 0.25, "probability of random erasing")
+    flags.value("--remode", str, "pixel", "what fills an erased region, as timm names it")
+    flags.value("--recount", int, 1, "number of erased regions")
+    flags.switch("--resplit", "without effect: kept because recipes pass it")
+
+
+def _add_mixing_flags(parser: argparse.ArgumentParser) -> None:
+    flags = _Flags(parser, "mixup and cutmix")
+    flags.value("--mixup", float, 0.8, "alpha of mixup, 0 for none")
+    flags.value("--cutmix", float, 1.0, "alpha of cutmix, 0 for none")
+    flags.values("--cutmix-minmax", "smallest and largest part that cutmix replaces, instead of its alpha")
+    flags.value("--mixup-prob", float, 1.0, "probability that a batch is mixed")
+    flags.value("--mixup-switch-prob", float, 0.5, "probability of cutmix where both are on")
+    flags.value("--mixup-mode", str, "batch", "what shares one mixing ratio: batch, pair or elem")
+
+
+def _add_distillation_flags(parser: argparse.ArgumentParser) -> None:
+    flags = _Flags(parser, "distillation")
+    flags.value("--teacher-model", str, "regnety_160", "timm model of the teacher")
+    flags.value("--teacher-path", str, "", "checkpoint of the teacher, required for distillation")
+    flags.value(
+        "--distillation-type",
+        str,
+        "none",
+        "what is learnt from the teacher",
+        choices=("none", "soft", "hard"),
+    )
+    flags.value("--distillation-alpha", float, 0.5, "weight of the teacher's part of the loss")
+    flags.value("--distillation-tau", float, 1.0, "temperature of soft distillation")
+
+
+def _add_precision_flags(parser: argparse.ArgumentParser) -> None:
+    flags = _Flags(parser, "precision")
+    flags.pair("--if_amp", "--no_amp", False, "automatic mixed precision")
+    flags.pair(
+        "--if_continue_inf",
+        "--no_continue_inf",
+        False,
+        "skip a step whose loss is not finite instead of stopping",
+    )
+    flags.pair("--if_nan2num", "--no_nan2num", False, "replace NaN and infinity in the loss by numbers")
+
+
+def _add_process_flags(parser: argparse.ArgumentParser) -> None:
+    flags = _Flags(parser, "several processes (set by torchrun and SLURM; seldom typed)")
+    flags.switch("--distributed", "without effect: found out from the environment")
+    flags.value("--world_size", int, 1, "number of processes; the environment's number goes first")
+    flags.value("--dist_url", str, "env://", "where the processes meet")
+    flags.value("--local-rank", int, 0, "number of the process on its machine")

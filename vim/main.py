@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+"""Evaluate Vim, or any timm model, on labelled pictures: Acc@1, Acc@5 and loss.
+
+python vim/main.py --eval --resume CHECKPOINT --model NAME --data-path DIR     (pictures: DIR/val/CLASS/*.jpg)
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import utils
+from checkpoint import Checkpoint, CheckpointError, load_weights
+from datasets import DataError, build_dataset, build_transform, collate_readable
+from engine import Evaluation, autocast_for, measure, name_unreadable
+from flags import UsageError, get_args_parser, is_given
+from model_setup import build_model, input_shape, patch_grid, pick_device, read_checkpoint_for
+from samplers import ShardSampler
+
+__all__ = ["get_args_parser", "main"]
+
+
+def main(args: argparse.Namespace) -> None:
+    """Do what the command line says; the results go to standard output.
+
+    Raises:
+        UsageError, DataError, CheckpointError: it cannot be done; one sentence says why.
+    """
+    if not args.eval:
+        raise UsageError(
+            "Training comes in a later version of this program; this one evaluates checkpoints: add --eval."
+        )
+    _check_numbers(args)
+    device = pick_device(args.device)
+    utils.init_distributed_mode(args)
+    try:
+        if device.type == "cuda" and args.gpu is not None:
+            device = torch.device("cuda", args.gpu)
+        evaluate_checkpoint(args, device)
+    finally:
+        utils.leave_distributed_mode()
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers that no run can use, before anything is read."""
+    if args.val_batch_size is None:
+        args.val_batch_size = args.batch_size
+    for flag, least in (("batch_size", 1), ("val_batch_size", 1), ("input_size", 1), ("num_workers", 0)):
+        value = getattr(args, flag)
+        if value < least:
+            name = "--num_workers" if flag == "num_workers" else "--" + flag.replace("_", "-")
+            raise UsageError(f"{name} must be at least {least}, got {value}.")
+    if not args.eval_crop_ratio > 0:
+        raise UsageError(f"--eval-crop-ratio must be above 0, got {args.eval_crop_ratio}.")
+
+
+def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
+    """Measure the weights that `args` names, then their moving average if there is one; print the results."""
+    source = args.resume or args.finetune
+    checkpoint = read_checkpoint_for(args.model, source) if source else None
+    if checkpoint is not None and checkpoint.model_name and not is_given(args, "model"):
+        args.model = checkpoint.model_name
+    dataset: Any
+    dataset, num_classes = build_dataset(
+        False,
+        args,
+        class_names=checkpoint.class_names if checkpoint else None,
+        num_classes=_class_count(checkpoint, args.model) if checkpoint else None,
+    )
+    model = _build_model(args, num_classes, checkpoint).to(device)
+    dataset.transform = build_transform(False, args)  # for the size that the model turned out to have
+    loader = _build_loader(args, dataset, device)
+    _describe(args, dataset, model, num_classes, device)
+    for called, origin, weights in _weights_to_measure(args, checkpoint):
+        print(f"weights: {origin}")
+        if checkpoint is not None:
+            _load(model, weights, checkpoint, args.pos_embed_resize)
+        result = measure(loader, model, device, autocast_for(device, args.if_amp))
+        _print_result(result, called)
+    name_unreadable(result)
+
+
+def _build_model(args: argparse.Namespace, num_classes: int, checkpoint: Checkpoint | None) -> nn.Module:
+    """Return the model and set args.input_size: as typed, else the checkpoint's size, else the model's own."""
+    size = args.input_size if is_given(args, "input_size") else checkpoint.img_size if checkpoint else None
+    model = build_model(args.model, num_classes, size, seed=args.seed + utils.get_rank())
+    _, height, width = input_shape(model, size)
+    args.input_size = height if height == width else (height, width)
+    return model
+
+
+def _weights_to_measure(
+    args: argparse.Namespace, checkpoint: Checkpoint | None
+) -> list[tuple[str, str, dict[str, Tensor]]]:
+    """Return what the network is called in its result, where its weights come from, and these weights."""
+    if checkpoint is None:
+        return [("network", "random (neither --resume nor --finetune), so the results mean nothing", {})]
+    epoch = f", epoch {checkpoint.epoch}" if checkpoint.epoch is not None else ""
+    todo = [("network", checkpoint.source + epoch, checkpoint.model)]
+    if checkpoint.ema is not None and args.model_ema:
+        todo.append(("ema network", "their moving average (EMA) in the same checkpoint", checkpoint.ema))
+    return todo
+
+
+def _class_count(checkpoint: Checkpoint, model_name: str) -> int:
+    """Return the classes of the checkpoint's classifier, wherever the model keeps it (resnets: fc)."""
+    described = timm.models.get_pretrained_cfg(model_name, allow_unregistered=True)
+    classifier = getattr(described, "classifier", None) or "head"
+    first = classifier if isinstance(classifier, str) else classifier[0]
+    weight = checkpoint.model.get(f"{first}.weight")
+    if weight is None:
+        raise CheckpointError(
+            f"{checkpoint.source} has no {first}.weight, the classifier of {model_name}; name the model that "
+            "it was made with, or give a checkpoint with a classifier."
+        )
+    return weight.shape[0]
+
+
+def _load(model: nn.Module, weights: dict[str, Tensor], checkpoint: Checkpoint, resize: str) -> None:
+    grid = patch_grid(model, checkpoint.img_size)
+    report = load_weights(model, weights, resize=resize, source_grid=grid)
+    if report.resized is not None:
+        before, after = report.resized
+        print(f"note: the position embeddings were resized from {before} to {after} rows")
+
+
+def _build_loader(args: argparse.Namespace, dataset: Any, device: torch.device) -> DataLoader[Any]:
+    """Return the loader of the validation pictures, in order, with no more workers than are of use."""
+    workers, usable = args.num_workers, usable_cpus()
+    if workers > usable:
+        print(f"note: {usable} CPUs, so {usable} of the {workers} processes of --num_workers read pictures")
+        workers = usable
+    sampler = None
+    if args.distributed and args.dist_eval:
+        sampler = ShardSampler(dataset, utils.get_world_size(), utils.get_rank())
+    return DataLoader(
+        dataset,
+        batch_size=args.val_batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate_readable,
+        pin_memory=args.pin_mem and device.type == "cuda",
+    )
+
+
+def usable_cpus() -> int:
+    """Return the number of CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _describe(args: argparse.Namespace, dataset: Any, model: nn.Module, num_classes: int, device: torch.device) -> None:
+    height, width = args.input_size if isinstance(args.input_size, tuple) else (args.input_size,) * 2
+    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    print(f"model: {args.model}, {millions:.2f} M parameters, {num_classes} classes, {height} x {width} pixels")
+    print(f"data: {len(dataset)} pictures of {getattr(dataset, 'root', args.data_path)}")
+    found_by = getattr(dataset, "found_by", None)
+    if found_by is not None:
+        print(f"classes: {len(dataset.classes)} of {num_classes} have a folder, numbered by {found_by}")
+    precision = ", mixed precision" if args.if_amp else ""
+    print(f"device: {device}, batch size {args.val_batch_size}{precision}")
+
+
+def _print_result(result: Evaluation, called: str) -> None:
+    print(result.summary())
+    missing = len(result.unreadable)
+    left_out = f" ({missing} of {result.pictures + missing} could not be read)" if missing else ""
+    print(f"Accuracy of the {called} on the {result.pictures} test images: {result.acc1:.1f}%{left_out}")
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line says; return the exit code: 2, after one sentence, if it cannot be done."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None, parents=[get_args_parser()]
+    )
+    args = parser.parse_args(arguments)
+    try:
+        main(args)
+    except (UsageError, DataError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: stopped before the end, so there is no result.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # results and progress in order
+    sys.exit(run())
