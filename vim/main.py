@@ -23,6 +23,7 @@ from datasets import DataError, build_dataset, build_transform, collate_readable
 from engine import Evaluation, autocast_for, measure, name_unreadable
 from flags import UsageError, get_args_parser, is_given
 from model_setup import build_model, input_shape, patch_grid, pick_device, read_checkpoint_for
+from pictures import LEAST_CROP_RATIO
 from samplers import ShardSampler
 
 __all__ = ["get_args_parser", "main"]
@@ -58,8 +59,10 @@ def _check_numbers(args: argparse.Namespace) -> None:
         if value < least:
             name = "--num_workers" if flag == "num_workers" else "--" + flag.replace("_", "-")
             raise UsageError(f"{name} must be at least {least}, got {value}.")
-    if not args.eval_crop_ratio > 0:
-        raise UsageError(f"--eval-crop-ratio must be above 0, got {args.eval_crop_ratio}.")
+    if not args.eval_crop_ratio >= LEAST_CROP_RATIO:
+        raise UsageError(f"--eval-crop-ratio must be above 0 (from {LEAST_CROP_RATIO} on), got {args.eval_crop_ratio}.")
+    if not -(2**63) <= args.seed < 2**63 - 2**20:
+        raise UsageError(f"--seed must be a 64-bit number, got {args.seed}.")
 
 
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
@@ -104,10 +107,10 @@ def _weights_to_measure(
     if checkpoint is None:
         return [("network", "random (neither --resume nor --finetune), so the results mean nothing", {})]
     epoch = f", epoch {checkpoint.epoch}" if checkpoint.epoch is not None else ""
-    todo = [("network", checkpoint.source + epoch, checkpoint.model)]
+    measured = [("network", checkpoint.source + epoch, checkpoint.model)]
     if checkpoint.ema is not None and args.model_ema:
-        todo.append(("ema network", "their moving average (EMA) in the same checkpoint", checkpoint.ema))
-    return todo
+        measured.append(("ema network", "their moving average (EMA) in the same checkpoint", checkpoint.ema))
+    return measured
 
 
 def _class_count(checkpoint: Checkpoint, model_name: str) -> int:
@@ -116,7 +119,7 @@ def _class_count(checkpoint: Checkpoint, model_name: str) -> int:
     classifier = getattr(described, "classifier", None) or "head"
     first = classifier if isinstance(classifier, str) else classifier[0]
     weight = checkpoint.model.get(f"{first}.weight")
-    if weight is None:
+    if weight is None or weight.ndim == 0:
         raise CheckpointError(
             f"{checkpoint.source} has no {first}.weight, the classifier of {model_name}; name the model that "
             "it was made with, or give a checkpoint with a classifier."

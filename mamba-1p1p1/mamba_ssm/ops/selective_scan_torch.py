@@ -173,13 +173,24 @@ def batch_slices(directions: list[Direction]) -> Iterator[slice]:
     return (slice(start, min(start + size, batch)) for start in range(0, batch, size))
 
 
+def _sum_over_states(values: Tensor, weights: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
+    """out (t, s, b, g, k) = the real part of the sum over n of weights * values (t, s, b, g, n, k).
+
+    A matrix product does it in one pass where the weights vary over time and not over channels.
+    """
+    count, channels = values.shape[-2:]
+    if weights.shape[:-2] == values.shape[:-2] and weights.shape[-1] == 1 and not values.is_complex():
+        rows = weights.reshape(-1, 1, count)
+        torch.bmm(rows, values.view(-1, count, channels), out=out.view(-1, 1, channels))
+        return out
+    return torch.sum(torch.mul(values, weights, out=scratch).real, -2, out=out)
+
+
 def _read_out(states: Tensor, C: Tensor, scratch: Tensor, out: Tensor) -> None:
     """out (t, s, b, g, k) = sum over n of C * states; twice the real part for complex states."""
-    torch.mul(states, C, out=scratch)
-    if scratch.is_complex():
-        torch.sum(scratch.real, -2, out=out).mul_(2)
-    else:
-        torch.sum(scratch, -2, out=out)
+    _sum_over_states(states, C, scratch, out)
+    if states.is_complex():
+        out.mul_(2)
 
 
 def _to_public(state: Tensor, index: int) -> Tensor:
@@ -332,7 +343,7 @@ class Backward:
         for t in range(len(steps) - 2, -1, -1):
             steps[t].addcmul_(factors[t + 1], steps[t + 1])
         self._accumulate("B", chunk, torch.mul(grad, dt * u, out=scratch))
-        through_input = torch.mul(grad, B.conj(), out=scratch).real.sum(-2, keepdim=True)
+        through_input = _sum_over_states(grad, B.conj(), scratch, torch.empty_like(self.y[chunk])).unsqueeze(-2)
         torch.mul(through_input, dt, out=self.du[chunk])
         # From here on `grad` is the gradient of the exponent dt * A: g * conj(decay * previous state).
         carry = factors[0] * steps[0]
