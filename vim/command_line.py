@@ -1,0 +1,106 @@
+"""What the scripts' command lines share; imports nothing slow, so that `-h` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+DEFAULT_MODEL = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
+LARGEST = 1_000_000  # far above what any of the numbers on a command line can sensibly be
+
+
+def positive(text: str) -> int:
+    """Read a whole number from 1 to `LARGEST`."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {LARGEST}, got {text!r}")
+    return value
+
+
+def thread_count(text: str) -> int:
+    """Read a number of threads; far more than there are CPUs would end the process without a word."""
+    value, most = positive(text), max(256, os.cpu_count() or 1)
+    if value > most:
+        raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
+    return value
+
+
+class _PictureSize(argparse.Action):
+    """Store one number as it is and two as (height, width)."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        numbers = list(values) if isinstance(values, list) else []
+        if len(numbers) not in (1, 2):
+            raise argparse.ArgumentError(self, "takes one number (a square) or two (height and width)")
+        setattr(namespace, self.dest, numbers[0] if len(numbers) == 1 else tuple(numbers))
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how a model runs: size of its input, batch, device, threads and backend."""
+    group = parser.add_argument_group("how it runs")
+    add = group.add_argument
+    add("--img-size", type=positive, nargs="+", action=_PictureSize, metavar="PIXELS",
+        help="side of the model's square input, or height and width (default: the model's own)")  # fmt: skip
+    add("--batch-size", type=positive, default=1, metavar="N", help="pictures per forward pass (default: 1)")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
+    add("--threads", type=thread_count, metavar="N", help="CPU threads (default: torch's choice)")
+    add("--backend", choices=("auto", "cuda", "native", "torch"), default="auto",
+        help="kernels of the scan and the convolution (default: the best that is there)")  # fmt: skip
+
+
+def note(text: str) -> None:
+    """Print a line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run_script(
+    parser: argparse.ArgumentParser,
+    work: Callable[[argparse.Namespace], int],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Read the command line, do the work, return the exit code: 2, after one sentence, if that fails."""
+    for stream in (sys.stdout, sys.stderr):  # file names and labels may have characters that a terminal lacks
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    args = parser.parse_args(arguments)
+    try:
+        code = _guarded(work, args)
+        if sys.stdout is not None:  # it is when the shell closed it with >&-
+            sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        note("error: stopped before the end.")
+        return 130
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # then the reader, such as `head`, has seen enough
+            note(f"error: {error.strerror or error}.")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python flushes it again at its end
+        return 1
+
+
+def _guarded(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    try:
+        import classify  # noqa: F401  (with it everything that the environment must have)
+        from checkpoint import CheckpointError
+        from flags import UsageError
+        from labels import LabelError
+        from pictures import PictureError
+    except ImportError as error:
+        note(f"error: {error}; run `python3 setup_cpu_env.py` once, then this with the Python of its .venv.")
+        return 2
+    try:
+        return work(args)
+    except (UsageError, CheckpointError, LabelError, PictureError) as error:
+        note(f"error: {str(error).rstrip('.')}.")
+        return 2

@@ -1,0 +1,133 @@
+"""Choose a device and build a model by name, with errors that say what to type instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import models_mamba  # noqa: F401  (its models are registered with timm by importing it)
+from causal_conv1d.backend import use_backend
+from checkpoint import Checkpoint, read_checkpoint
+from flags import UsageError
+from registry import VARIANTS
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called `name`, after trying it.
+
+    Raises:
+        UsageError: there is no such device, or torch cannot use it.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # "meta" has no numbers in it
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = _first_line(error)
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            reason = "this torch finds no CUDA device; leave --device away or say --device cpu"
+        raise UsageError(f"The device {name!r} cannot be used: {reason}.") from error
+    return device
+
+
+def read_checkpoint_for(model_name: str | None, source: str) -> Checkpoint:
+    """Read a checkpoint; from a repository that holds several, the one that `model_name` (None: any) is for."""
+    variant = VARIANTS.get(model_name or "")
+    return read_checkpoint(source, finetuned=variant is not None and variant.finetuned)
+
+
+def build_model(name: str, num_classes: int, img_size: int | tuple[int, int] | None, *, seed: int = 0) -> nn.Module:
+    """Return the registered model `name` in evaluation mode, with random weights (the same ones for a seed).
+
+    Args:
+        name: a name that timm knows, the ones of `models_mamba` included.
+        num_classes: rows of the classifier.
+        img_size: pixels, one number or (height, width); None: the model's own.
+    Raises:
+        UsageError: there is no such model, or not for that size or number of classes.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else "; timm.list_models() gives the names."
+        raise UsageError(f"There is no model called {name!r}{hint}")
+    torch.manual_seed(seed)
+    sized: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    try:
+        try:
+            return timm.create_model(name, num_classes=num_classes, **sized).eval()
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            return timm.create_model(name, num_classes=num_classes).eval()  # convolutions take any size
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        at_size = f"{img_size} pixels and " if img_size else ""
+        raise UsageError(f"{name} cannot be built for {at_size}{num_classes} classes: {_first_line(error)}.") from error
+
+
+def input_shape(model: nn.Module, img_size: int | tuple[int, int] | None) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the pictures for a model that was built for `img_size`."""
+    config = getattr(model, "default_cfg", None) or {}
+    channels, height, width = config.get("input_size") or (3, 224, 224)
+    if img_size is not None:
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return channels, height, width
+
+
+def patch_grid(model: Any, img_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """Return the patch grid of a checkpoint made for rectangles; squares need no such hint (None)."""
+    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
+    if not isinstance(img_size, tuple) or not isinstance(projection, nn.Conv2d):
+        return None
+    sides = zip(img_size, projection.kernel_size, projection.stride, strict=True)
+    rows, columns = ((side - patch) // stride + 1 for side, patch, stride in sides)
+    return rows, columns
+
+
+@contextmanager
+def chosen_backend(name: str) -> Iterator[None]:
+    """Run the ops inside on the backend `name`; "auto" leaves the choice to them.
+
+    Raises:
+        UsageError: that backend is not there; says why and what to do.
+    """
+    with ExitStack() as stack:
+        if name != "auto":
+            try:
+                stack.enter_context(use_backend(name))
+            except RuntimeError as error:
+                raise UsageError(f"--backend {name} cannot run here: {error}") from error
+        yield
+
+
+@contextmanager
+def refuse_failures(batch: Tensor) -> Iterator[None]:
+    """Turn a failure to run a model on `batch` (no memory, no kernel) into a UsageError of one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UsageError(f"The model cannot run on an input of {_by(batch.shape)}: {_first_line(error)}.") from error
+
+
+def blank_batch(batch_size: int, shape: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Return grey pictures, (batch, channels, height, width), to time a model with.
+
+    Raises:
+        UsageError: there is not enough memory for them.
+    """
+    try:
+        return torch.zeros(batch_size, *shape, device=device)
+    except RuntimeError as error:
+        raise UsageError(f"There is not enough memory for an input of {_by((batch_size, *shape))}.") from error
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(str(side) for side in shape)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
