@@ -1,0 +1,1 @@
+"""Benchmarks: cases as data (`cases`), what runs them (`runner`), what they measured (`report`)."""
