@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from checkpoint_sources import CheckpointError, find_file
+from checkpoint_sources import CheckpointError, find_file, first_line
 from pos_embed import resize_pos_embed
 from weights import LoadReport, load_weights
 
@@ -100,7 +100,7 @@ def _read_safetensors(path: Path, name: str) -> dict[str, Any]:
         payload.update({key: json.loads(metadata[key]) for key in _METADATA if key in metadata})
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{name} is not a whole safetensors file ({_first_line(error)}): download or write it again"
+            f"{name} is not a whole safetensors file ({first_line(error)}): download or write it again"
         ) from error
     return payload
 
@@ -136,10 +136,6 @@ def _unreadable(name: str, error: BaseException) -> str:
         f"{name} is not a checkpoint that can be read: it is truncated, of another format or (after a git clone) only "
         "a pointer to the file; download it again"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _interpret(payload: Any, name: str) -> Checkpoint:
@@ -223,12 +219,13 @@ def save_checkpoint(path: str | Path, contents: dict[str, Any]) -> None:
             )
         tensors = {key: value.detach().cpu().clone().contiguous() for key, value in contents["model"].items()}
         metadata = {key: json.dumps(contents[key]) for key in _METADATA if contents.get(key) is not None}
-        _write_whole(path, lambda file: save_file(tensors, file, metadata={"format": "pt", **metadata}))
+        # Not safetensors' save_file: it makes files that only their owner can read.
+        _write_whole(path, lambda file: file.write_bytes(save(tensors, metadata={"format": "pt", **metadata})))
     else:
         _write_whole(path, lambda file: torch.save(contents, file))
 
 
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -236,6 +233,6 @@ def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {path}: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot write {path}: {first_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -69,7 +69,7 @@ def _download(url: str, cache_dir: str | None) -> Path:
             url, str(path), hash_prefix=checksum and checksum.group(1), progress=sys.stderr.isatty()
         )
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"cannot fetch {url}: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot fetch {url}: {first_line(error)}") from error
     return path
 
 
@@ -97,7 +97,7 @@ def _from_hub(repository: str, wanted: str, finetuned: bool, cache_dir: str | No
         if name not in cached:
             raise CheckpointError(
                 f"there is no file {wanted or repository}, and the Hugging Face repository {repository} cannot be read "
-                f"({_first_line(error)}): check the name and the network, or download the weights elsewhere and "
+                f"({first_line(error)}): check the name and the network, or download the weights elsewhere and "
                 "name the file"
             ) from error
         path = cached[name]
@@ -141,5 +141,6 @@ def choose_weights_file(repository: str, files: Sequence[str], finetuned: bool =
     return candidates[0]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type if it has none; for use inside a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

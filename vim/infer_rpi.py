@@ -60,7 +60,7 @@ def classify_and_print(args: argparse.Namespace) -> int:
 
     from classify import classify, load_classifier
     from drawing import plan_outputs
-    from model_setup import chosen_backend
+    from model_setup import backend_that_runs, chosen_backend
     from pictures import find_pictures
 
     sources = find_pictures(args.image)
@@ -75,8 +75,9 @@ def classify_and_print(args: argparse.Namespace) -> int:
         labels_file=args.labels,
         device=args.device,
     )
-    _describe(classifier, args.backend, torch.get_num_threads())
-    report = _start_report(classifier, args.backend, torch.get_num_threads())
+    backend = backend_that_runs(args.backend, classifier.device)
+    _describe(classifier, backend, torch.get_num_threads())
+    report = _start_report(classifier, backend, torch.get_num_threads())
     failures = 0
     with chosen_backend(args.backend):
         if args.benchmark:

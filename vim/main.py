@@ -12,19 +12,25 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import timm
-import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+try:
+    import timm
+    import torch
+    from torch import Tensor, nn
+    from torch.utils.data import DataLoader
 
-import utils
-from checkpoint import Checkpoint, CheckpointError, load_weights
-from datasets import DataError, build_dataset, build_transform, collate_readable
-from engine import Evaluation, autocast_for, measure, name_unreadable
-from flags import UsageError, get_args_parser, is_given
-from model_setup import build_model, input_shape, patch_grid, pick_device, read_checkpoint_for
-from pictures import LEAST_CROP_RATIO
-from samplers import ShardSampler
+    import utils
+    from checkpoint import Checkpoint, CheckpointError, load_weights
+    from datasets import DataError, build_dataset, build_transform, collate_readable
+    from engine import Evaluation, autocast_for, measure, name_unreadable
+    from flags import UsageError, get_args_parser, is_given
+    from model_setup import build_model, input_shape, patch_grid, pick_device, read_checkpoint_for
+    from pictures import LEAST_CROP_RATIO
+    from samplers import ShardSampler
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"error: {error}; run `python3 setup_cpu_env.py` once, then this with its Python.", file=sys.stderr)
+    sys.exit(2)
 
 __all__ = ["get_args_parser", "main"]
 

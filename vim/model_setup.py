@@ -14,7 +14,9 @@ from torch import Tensor, nn
 import models_mamba  # noqa: F401  (its models are registered with timm by importing it)
 from causal_conv1d.backend import use_backend
 from checkpoint import Checkpoint, read_checkpoint
+from checkpoint_sources import first_line
 from flags import UsageError
+from mamba_ssm.ops.selective_scan import FAMILY as SCANS
 from registry import VARIANTS
 
 
@@ -28,7 +30,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # "meta" has no numbers in it
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         if name.startswith("cuda") and not torch.cuda.is_available():
             reason = "this torch finds no CUDA device; leave --device away or say --device cpu"
         raise UsageError(f"The device {name!r} cannot be used: {reason}.") from error
@@ -52,9 +54,13 @@ def build_model(name: str, num_classes: int, img_size: int | tuple[int, int] | N
         UsageError: there is no such model, or not for that size or number of classes.
     """
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else "; timm.list_models() gives the names."
-        raise UsageError(f"There is no model called {name!r}{hint}")
+        near = [
+            *difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0.6),
+            *_models_that_begin_like(name),
+            *difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.4),
+        ]
+        hint = f"the nearest is {near[0]!r}" if near else "timm.list_models() gives the names"
+        raise UsageError(f"There is no model called {name!r}; {hint}.")
     torch.manual_seed(seed)
     sized: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     try:
@@ -66,7 +72,13 @@ def build_model(name: str, num_classes: int, img_size: int | tuple[int, int] | N
             return timm.create_model(name, num_classes=num_classes).eval()  # convolutions take any size
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         at_size = f"{img_size} pixels and " if img_size else ""
-        raise UsageError(f"{name} cannot be built for {at_size}{num_classes} classes: {_first_line(error)}.") from error
+        raise UsageError(f"{name} cannot be built for {at_size}{num_classes} classes: {first_line(error)}.") from error
+
+
+def _models_that_begin_like(name: str) -> list[str]:
+    """Our own models whose first two words are (nearly) those of `name`; the published names are long."""
+    words = {"_".join(known.split("_")[:2]): known for known in reversed(VARIANTS)}
+    return [words[near] for near in difflib.get_close_matches("_".join(name.split("_")[:2]), words, n=1, cutoff=0.75)]
 
 
 def input_shape(model: nn.Module, img_size: int | tuple[int, int] | None) -> tuple[int, int, int]:
@@ -104,13 +116,18 @@ def chosen_backend(name: str) -> Iterator[None]:
         yield
 
 
+def backend_that_runs(name: str, device: torch.device) -> str:
+    """The backend of the scan on `device` if the command line says `name`: what "auto" comes to, else `name`."""
+    return SCANS.preferred(device.type) if name == "auto" else name
+
+
 @contextmanager
 def refuse_failures(batch: Tensor) -> Iterator[None]:
     """Turn a failure to run a model on `batch` (no memory, no kernel) into a UsageError of one sentence."""
     try:
         yield
     except RuntimeError as error:
-        raise UsageError(f"The model cannot run on an input of {_by(batch.shape)}: {_first_line(error)}.") from error
+        raise UsageError(f"The model cannot run on an input of {_by(batch.shape)}: {first_line(error)}.") from error
 
 
 def blank_batch(batch_size: int, shape: tuple[int, int, int], device: torch.device) -> Tensor:
@@ -127,7 +144,3 @@ def blank_batch(batch_size: int, shape: tuple[int, int, int], device: torch.devi
 
 def _by(shape: Sequence[int]) -> str:
     return " x ".join(str(side) for side in shape)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

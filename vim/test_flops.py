@@ -44,7 +44,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from flops import count_flops
-    from model_setup import blank_batch, build_model, chosen_backend, input_shape, pick_device, refuse_failures
+    from model_setup import (
+        backend_that_runs,
+        blank_batch,
+        build_model,
+        chosen_backend,
+        input_shape,
+        pick_device,
+        refuse_failures,
+    )
     from timing import time_repeatedly
 
     if args.threads:
@@ -60,7 +68,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "input": list(batch.shape),
         "device": str(device),
         "threads": torch.get_num_threads(),
-        "backend": args.backend,
+        "backend": backend_that_runs(args.backend, device),
         **_weights(model),
         "multiply_adds": count.multiply_adds,
         "scan_flops": count.scan_flops,

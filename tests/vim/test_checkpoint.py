@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -322,3 +323,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, weights, name
 def test_an_unwritable_folder_is_one_sentence(tmp_path, weights, name):
     with pytest.raises(CheckpointError, match="cannot write"):
         save_checkpoint(tmp_path / "missing" / name, {"model": weights})
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_a_saved_file_is_readable_as_the_umask_says(tmp_path: Path, name: str) -> None:
+    before = os.umask(0o022)
+    try:
+        save_checkpoint(tmp_path / name, {"model": {"w": torch.zeros(1)}})
+    finally:
+        os.umask(before)
+    assert (tmp_path / name).stat().st_mode & 0o777 == 0o644

@@ -346,7 +346,7 @@ def test_fonts_are_looked_for_by_character() -> None:
         ("--image pictures/a.png --checkpoint nan.pth", "not finite"),
         ("--image pictures/a.png --checkpoint w.pth --num_classes 9", "leave --num_classes away"),
         (f"--image pictures/a.png --checkpoint w.pth --model {TINY}", "another model"),
-        ("--image pictures/a.png --model vim_pica_patch4_32", "did you mean 'vim_pico_patch4_32'"),
+        ("--image pictures/a.png --model vim_pica_patch4_32", "the nearest is 'vim_pico_patch4_32'"),
         (f"--image pictures/a.png --model {MODEL} --img-size 2", "cannot be built for 2 pixels"),
         ("--image pictures/a.png --checkpoint w.pth --labels gone.txt", "Cannot read"),
         ("--image pictures/a.png --checkpoint w.pth --device gpu", "cannot be used"),

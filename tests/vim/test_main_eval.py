@@ -220,7 +220,7 @@ def test_more_workers_than_cpus_are_not_started(folder, capsys, monkeypatch):
         (("--resume", "{}/data/val/bee/0.png"), "0.png"),
         (("--resume", "{}/headless.pth"), "no head.weight"),
         (("--model", "resnet10t"), "no fc.weight"),
-        (("--model", "vim_pico_patch_32"), f"did you mean '{MODEL}'"),
+        (("--model", "vim_pico_patch_32"), f"the nearest is '{MODEL}'"),
         (("--model", "vim_tiny_patch16_224"), "the checkpoint belongs to"),
         (("--data-path", "{}/nowhere"), "does not exist"),
         (("--data-path", "{}"), "has no folder 'val'"),
