@@ -1,0 +1,138 @@
+"""The shipped digits example: its data, its checkpoint as a user runs it, and its training."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main
+from checkpoint import read_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "digits"
+CHECKPOINT = EXAMPLE / "vim_pico_digits.safetensors"
+sys.path.insert(0, str(EXAMPLE))
+
+import make_dataset  # noqa: E402
+import train  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits") / "data"
+    make_dataset.write_dataset(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def held_out_indices():
+    _, digits = make_dataset.load_scans()
+    return make_dataset.split_indices(digits)["held_out"]
+
+
+def few_pictures(data, folder, per_class):
+    """A data folder with the first pictures of each class."""
+    for split in ("train", "val"):
+        for name in make_dataset.CLASS_NAMES:
+            (folder / split / name).mkdir(parents=True)
+            for path in sorted((data / split / name).iterdir())[:per_class]:
+                shutil.copy(path, folder / split / name)
+    return folder
+
+
+def test_every_scan_is_in_one_split_and_every_class_is_shared_alike():
+    _, digits = make_dataset.load_scans()
+    parts = make_dataset.split_indices(digits)
+    assert sorted(index for indices in parts.values() for index in indices) == list(range(1797))
+    for digit in range(10):
+        number = [int((digits[indices] == digit).sum()) for indices in parts.values()]
+        assert np.allclose(np.array(number) / sum(number), [0.60, 0.15, 0.25], atol=0.01)
+
+
+def test_held_out_scans_are_those_of_the_training_run(held_out_indices):
+    """Another split would put pictures that the shipped weights were trained on among the held-out ones."""
+    digest = hashlib.sha256(",".join(map(str, held_out_indices)).encode()).hexdigest()
+    assert digest == "19f0fcbb78e9994acb5406531c5d1c217c23593875dd98da964bed8e88f500e7"
+
+
+def test_files_are_the_scans(data, held_out_indices):
+    scans, digits = make_dataset.load_scans()
+    files = sorted((data / "held_out" / "val").glob("*/*.png"), key=lambda path: path.name)
+    assert [int(path.stem) for path in files] == held_out_indices
+    for path in files[::50]:
+        index = int(path.stem)
+        assert path.parent.name == make_dataset.CLASS_NAMES[digits[index]]
+        ink = 1 - np.asarray(Image.open(path).resize((8, 8), Image.Resampling.BOX)) / 255
+        assert np.corrcoef(ink.ravel(), scans[index].ravel())[0, 1] > 0.95
+
+
+def test_samples_are_held_out_pictures_one_per_class(data):
+    samples = {path.stem: Image.open(path).tobytes() for path in (EXAMPLE / "samples").glob("*.png")}
+    assert set(samples) == set(make_dataset.CLASS_NAMES)
+    for name, pixels in samples.items():
+        held_out = (data / "held_out" / "val" / name).iterdir()
+        assert pixels in [Image.open(path).tobytes() for path in held_out]
+
+
+def test_data_folder_that_is_not_empty_is_refused(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("kept")
+    assert make_dataset.run([str(tmp_path)]) == 2
+    assert re.fullmatch(r"error: .* is not empty; name a new folder\.\n", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_checkpoint_says_what_it_is():
+    checkpoint = read_checkpoint(str(CHECKPOINT))
+    assert (checkpoint.model_name, checkpoint.img_size) == ("vim_pico_patch4_32", 32)
+    assert checkpoint.class_names == list(make_dataset.CLASS_NAMES)
+    assert checkpoint.num_classes == 10
+    assert CHECKPOINT.stat().st_size < 1_000_000
+
+
+def test_samples_are_named_rightly_by_the_command_of_the_readme():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, ROOT / "vim" / "infer_rpi.py", "--image", EXAMPLE / "samples"]
+    command += ["--checkpoint", CHECKPOINT, "--threads", "1", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    pictures = json.loads(done.stdout)["pictures"]
+    assert len(pictures) == 10
+    for picture in pictures:
+        best = picture["predictions"][0]
+        assert best["label"] == Path(picture["image"]).stem
+
+
+def test_held_out_accuracy(data, capsys):
+    words = ["--eval", "--resume", CHECKPOINT, "--model", "vim_pico_patch4_32", "--device", "cpu", "--num_workers", "0"]
+    assert main.run([*map(str, words), "--data-path", str(data / "held_out")]) == 0
+    printed = capsys.readouterr().out
+    assert "on the 450 test images" in printed
+    found = re.search(r"Acc@1 ([\d.]+)", printed)
+    assert found is not None
+    assert float(found[1]) >= 97.0
+
+
+def test_training_lowers_the_loss_and_its_checkpoint_can_be_evaluated(data, tmp_path, capsys):
+    few = few_pictures(data, tmp_path / "few", per_class=4)
+    words = ["--data-path", few, "--output-dir", tmp_path / "run", "--epochs", "3", "--batch-size", "10"]
+    words += ["--threads", torch.get_num_threads()]
+    assert train.run([str(word) for word in words]) == 0
+    record = json.loads((tmp_path / "run" / "training.json").read_text(encoding="utf-8"))
+    assert record["epochs"][-1]["loss"] < record["epochs"][0]["loss"]
+    capsys.readouterr()
+    words = ["--eval", "--resume", tmp_path / "run" / train.CHECKPOINT, "--device", "cpu", "--num_workers", "0"]
+    assert main.run([*map(str, words), "--data-path", str(few)]) == 0
+    assert f"Acc@1 {record['best_val_acc1']:.3f}" in capsys.readouterr().out
+
+
+def test_training_without_pictures_is_one_sentence(tmp_path, capsys):
+    assert train.run(["--data-path", str(tmp_path / "none"), "--output-dir", str(tmp_path / "run")]) == 2
+    assert re.fullmatch(r"error: The data folder .* does not exist; .*\n", capsys.readouterr().err)
