@@ -151,7 +151,8 @@ def _add_over_processes(sums: Tensor, unreadable: list[str], device: torch.devic
     on_device = sums.to(device if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(on_device)
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, unreadable)
+    with torch.inference_mode(False):  # torch 2.4 writes what it gathers from outside inference mode
+        dist.all_gather_object(gathered, unreadable)
     return on_device.cpu(), [reason for part in gathered for reason in part]
 
 

@@ -10,7 +10,7 @@ put back in picture order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ class TokenOrder:
 
     def unflipped(self) -> TokenOrder:
         """Return this order as it was before the reversal."""
-        return replace(self, flipped=False)
+        return TokenOrder(self.inserted, self.permutation)
 
     def read_class_token(self, x: Tensor) -> Tensor:
         """Return the state of the class token (the mean if there are two): (b, l, c) to (b, c)."""
