@@ -115,9 +115,9 @@ class ScanCase:
 SCAN = {
     "one-token": ScanCase(2, 8, 1, 4),
     "state-1": ScanCase(2, 6, 35, 1),
-    "chunk": ScanCase(1, 5, 16, 16, layout="channel-last"),
-    "chunk-and-one": ScanCase(2, 7, 17, 16, layout="channel-last"),
-    "odd": ScanCase(3, 13, 63, 5, layout="strided"),
+    "chunk": ScanCase(1, 5, 32, 16, layout="channel-last"),
+    "chunk-and-one": ScanCase(2, 7, 33, 16, layout="channel-last"),
+    "odd": ScanCase(3, 13, 95, 5, layout="strided"),
     "long": ScanCase(1, 3, 1000, 2),
     "state-large": ScanCase(1, 4, 21, 70),
     "bare": ScanCase(2, 8, 20, 4, D=False, z=False, bias=False, softplus=False),
