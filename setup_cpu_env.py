@@ -54,6 +54,10 @@ DEMO = (
 # What a failed command printed, and the sentence for it. The first that is found counts.
 FAILURES = (
     (r"No space left on device|Errno 28|not enough space on the disk", "the disk is full; free some space"),
+    (
+        r"(?m)^Killed$|MemoryError",
+        "it was ended from outside, most likely because the memory is full; close other programs or add swap",
+    ),
     (r"Read-only file system|Permission denied|Errno 13", "there is no permission to write there"),
     (
         r"ensurepip is not available|No module named '?(venv|ensurepip)",
@@ -259,6 +263,8 @@ class Environment:
             except BaseException:
                 process.kill()
                 raise
+        if process.returncode == -9:
+            lines.append("Killed\n")  # as a shell says it; the process itself could not
         return process.returncode, "".join(lines)
 
     def pip(self, *arguments: str) -> None:

@@ -184,11 +184,20 @@ def test_suits(installed: str, wanted: str | None, suits: bool) -> None:
         ("ERROR: No matching distribution found for torch>=2.4", "no matching torch and torchvision for Python"),
         ("Traceback\n  File x\nRuntimeError: operator torchvision::nms does not exist\n", "nms does not exist"),
         ("ERROR: one.\nnote: two\n", "ERROR: one"),
+        ("Collecting torch\nKilled\n", "memory is full"),
         ("", "printed nothing"),
     ],
 )
 def test_explain(output: str, words: str) -> None:
     assert words in set_up.explain(output)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal 9")
+def test_a_command_that_the_system_kills_is_explained(environment: Any) -> None:
+    program = "import os; print('Collecting torch', flush=True); os.kill(os.getpid(), 9)"
+    code, output = environment.run([sys.executable, "-c", program])
+    assert code != 0
+    assert "memory is full" in set_up.explain(output)
 
 
 def test_a_first_run_ends_whole_and_a_second_only_proves(
