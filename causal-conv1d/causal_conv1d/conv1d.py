@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from causal_conv1d import reference
+from causal_conv1d import conv1d_native, reference
 from causal_conv1d.backend import Family
 
-FAMILY = Family("causal_conv1d", "CAUSAL_CONV1D_FORCE_FALLBACK", "causal_conv1d", "causal-conv1d")
+FAMILY = Family(
+    "causal_conv1d", "CAUSAL_CONV1D_FORCE_FALLBACK", "causal_conv1d", "causal-conv1d", conv1d_native.LIBRARY
+)
 
 # --- contract -------------------------------------------------------------------------------------------------------
 
@@ -158,6 +160,8 @@ def _conv1d_update(
 ) -> Tensor:
     return reference.conv1d_update_reference(x, conv_state, weight, bias, cache_seqlens, silu=silu).contiguous()
 
+
+FAMILY.native_kernel("conv1d", conv1d_native.conv1d)
 
 # --- public functions -----------------------------------------------------------------------------------------------
 

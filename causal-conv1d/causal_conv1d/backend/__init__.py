@@ -22,6 +22,8 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any, TypeVar
 
+from causal_conv1d.backend.native import Library
+
 BACKENDS = ("cuda", "native", "torch")
 DEVICE_OF = {"cuda": "cuda", "native": "cpu"}  # the only device a compiled backend runs on
 TRUE_VALUES = frozenset({"TRUE", "1", "YES", "ON"})
@@ -41,13 +43,15 @@ class Family:
         variable: the environment variable that forces the `torch` backend.
         package: the import name of the package that owns the kernels; its build notes say why one is missing.
         folder: the package's folder in the repository, for the command that mends a missing backend.
+        native: the package's compiled CPU kernels.
     """
 
-    def __init__(self, name: str, variable: str, package: str, folder: str) -> None:
+    def __init__(self, name: str, variable: str, package: str, folder: str, native: Library | None = None) -> None:
         self.name = name
         self.variable = variable
         self.package = package
         self.folder = folder
+        self.native = native
         self._kernels: dict[str, dict[str, Callable[..., Any]]] = {backend: {} for backend in BACKENDS}
         self._forced: bool | None = None
         self._told: set[str] = set()
@@ -62,6 +66,30 @@ class Family:
 
         return register
 
+    def native_kernel(self, op: str, function: Callable[..., Any]) -> None:
+        """Make `function` the compiled CPU kernel of `op`, if the compiled library is there.
+
+        It returns None for a call that it cannot run: an automatic choice then takes the `torch` kernel.
+        """
+        if self.native is None or self.native.missing is not None:
+            return
+
+        def run(*args: Any) -> Any:
+            result = function(*args)
+            return self._stand_in(op)(*args) if result is None else result
+
+        self._kernels["native"][op] = run
+
+    def _stand_in(self, op: str) -> Callable[..., Any]:
+        """The `torch` kernel, for a call whose arguments the compiled one cannot take."""
+        if _requested.get() is not None:
+            raise RuntimeError(
+                f"the native backend cannot run {op} with these arguments (it computes real numbers in fp32); "
+                "use the torch backend"
+            )
+        self._tell_once(f"{op}: the native backend cannot run these arguments; the torch backend runs them")
+        return self._kernels["torch"][op]
+
     @property
     def forced(self) -> bool:
         """Whether the environment forces the `torch` backend; read once, at first use."""
@@ -75,6 +103,8 @@ class Family:
             return None
         if self.forced:
             return f"{self.variable} is set"
+        if backend == "native" and self.native is not None and self.native.missing:
+            return self.native.missing
         if not self._kernels[backend]:
             return _build_notes(self.package).get(backend, "its kernels were not built")
         return None
@@ -161,6 +191,11 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
+def families() -> list[Family]:
+    """Every op family imported so far."""
+    return list(_families.values())
+
+
 def available_backends() -> dict[str, dict[str, str | None]]:
     """{family: {backend: None where it can run, else why not}} for every op family imported so far."""
     return {name: {backend: family.missing(backend) for backend in BACKENDS} for name, family in _families.items()}
@@ -175,5 +210,6 @@ def report() -> str:
         )
         for backend in BACKENDS:
             reason = family.missing(backend)
-            lines.append(f"  {backend:<7}{'available' if reason is None else 'not available: ' + reason}")
+            how = f" ({family.native.instruction_set})" if backend == "native" and family.native else ""
+            lines.append(f"  {backend:<7}{f'available{how}' if reason is None else 'not available: ' + reason}")
     return "\n".join(lines)

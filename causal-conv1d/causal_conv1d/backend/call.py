@@ -1,0 +1,62 @@
+"""The arguments of one call of a compiled kernel, in the order in which the kernel reads them."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from causal_conv1d.backend.native import Library
+
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1}  # as `Element` in platform.h
+
+
+class Call:
+    """Collects integers for a kernel, and keeps what they point to alive until it ran.
+
+    Args:
+        dtype: fp32 or bf16, of the activations that the kernel reads and writes.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._values = [ELEMENTS[dtype]]
+        self._alive: list[Tensor] = []
+
+    def converted(self, value: Tensor) -> Tensor:
+        """The value in the dtype of the activations."""
+        return self.kept(value.to(self.dtype))
+
+    def kept(self, value: Tensor) -> Tensor:
+        """The value, alive as long as this call."""
+        self._alive.append(value)
+        return value
+
+    def integers(self, *values: int) -> Call:
+        self._values.extend(map(int, values))
+        return self
+
+    def number(self, value: float) -> Call:
+        self._values.append(struct.unpack("<q", struct.pack("<d", value))[0])
+        return self
+
+    def address(self, value: Tensor | None) -> Call:
+        """Where a tensor's elements are; 0 for none."""
+        self._values.append(0 if value is None else self.kept(value).data_ptr())
+        return self
+
+    def sequence(self, value: Tensor | None) -> Call:
+        """A tensor (b, d, l) in the dtype of the activations, as its address and its three strides."""
+        if value is None:
+            return self.integers(0, 0, 0, 0)
+        converted = self.converted(value)
+        return self.integers(converted.data_ptr(), *converted.stride())
+
+    def parameter(self, value: Tensor | None) -> Call:
+        """A parameter, as the address of contiguous fp32 numbers; 0 for none."""
+        return self.address(None if value is None else value.detach().to(torch.float32).contiguous())
+
+    def run(self, library: Library, kernel: str) -> None:
+        """Run it. Raises RuntimeError or MemoryError if the kernel refuses."""
+        library.call(kernel, *self._values)

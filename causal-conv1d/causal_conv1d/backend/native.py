@@ -1,0 +1,89 @@
+"""Finds and calls the compiled CPU kernels of a package.
+
+The binding is a plain C interface called through ctypes, not PyTorch's C++ one: a library then depends on neither the
+torch nor the Python it was built beside, compiles in seconds, also under pip's build isolation, and no upgrade of torch
+can break it. The kernels have no threads of their own: they run on the pool of the OpenMP runtime that torch loaded,
+whose fork function is looked up in this process and handed in with each call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from array import array
+from functools import cache
+from pathlib import Path
+
+import torch
+
+ABI = 1  # as in csrc/cpu/platform.h
+FILE = "kernels.cpu.so"
+FAILURES = {1: "got a wrong list of arguments", 2: "found no memory left"}
+
+
+class Library:
+    """The compiled kernels of one package.
+
+    Args:
+        package: its import name; the library lies in its folder.
+
+    Attributes:
+        missing: why the kernels cannot run, as a clause that a user can act on; None where they can; "" where they
+            were not built, for which the package's build notes know the reason.
+        instruction_set: "avx512", "avx2", "neon" or "generic": what the kernels use on this machine.
+    """
+
+    def __init__(self, package: str) -> None:
+        self.instruction_set = ""
+        self.missing: str | None = ""
+        spec = importlib.util.find_spec(package)
+        path = Path(spec.origin).parent / FILE if spec is not None and spec.origin else Path(FILE)
+        if path.is_file():
+            self.missing = self._open(path)
+
+    def _open(self, path: Path) -> str | None:
+        """Load the library; why it cannot be used, None if it can."""
+        try:
+            self._library = ctypes.CDLL(str(path))
+            abi, name = self._library.native_abi, self._library.native_instruction_set
+        except (OSError, AttributeError) as error:
+            return f"{path.name} cannot be loaded ({error}), which a new installation mends"
+        abi.restype, name.restype = ctypes.c_int64, ctypes.c_char_p
+        if abi() != ABI:
+            return f"{path.name} belongs to another version of this package, which a new installation mends"
+        self.instruction_set = name().decode()
+        return None
+
+    def call(self, kernel: str, *values: int) -> None:
+        """Run a kernel on torch's threads, `torch.get_num_threads()` of them.
+
+        Raises:
+            RuntimeError, MemoryError: the kernel did not run; nothing was written.
+        """
+        arguments = array("q", (fork_address(), torch.get_num_threads(), *values))
+        address, count = arguments.buffer_info()
+        code = getattr(self._library, kernel)(ctypes.c_void_p(address), ctypes.c_int64(count))
+        if code:
+            error = MemoryError if code == 2 else RuntimeError
+            raise error(f"the native kernel {kernel} {FAILURES.get(code, f'failed with code {code}')}")
+
+
+@cache
+def fork_address() -> int:
+    """Where the fork function of torch's OpenMP runtime is; 0, and so one thread, if torch has none.
+
+    A name that torch's own libraries resolve is the one of the runtime that they use.
+    """
+    for library in _libraries_of_torch():
+        try:
+            return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
+        except AttributeError:
+            continue
+    return 0
+
+
+def _libraries_of_torch() -> list[ctypes.CDLL]:
+    """torch's library, whose symbols include those of what it is linked to, then the whole process."""
+    folder = Path(torch.__file__).parent / "lib"
+    found = [path for path in (folder / "libtorch_cpu.so", folder / "libtorch_cpu.dylib") if path.is_file()]
+    return [ctypes.CDLL(str(path)) for path in found] + ([ctypes.CDLL(None)] if found else [])

@@ -1,0 +1,19 @@
+// The kernels of the library that is being built, for one instruction set. Only its own kernels.h and kernels_of_isa.h
+// differ from those of another library: they are found on the include path.
+#include <kernels.h>
+
+#if defined(KERNELS_X86)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#endif
+#define SIMD_AVX512
+namespace avx512 {
+#include <kernels_of_isa.h>
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+extern const Kernels avx512_kernels = avx512::kernels("avx512");
+#endif

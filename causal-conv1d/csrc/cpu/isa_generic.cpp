@@ -1,0 +1,8 @@
+// The kernels of the library that is being built, for one instruction set. Only its own kernels.h and kernels_of_isa.h
+// differ from those of another library: they are found on the include path.
+#include <kernels.h>
+
+namespace generic {
+#include <kernels_of_isa.h>
+}
+extern const Kernels generic_kernels = generic::kernels("generic");

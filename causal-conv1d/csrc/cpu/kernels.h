@@ -1,0 +1,11 @@
+// The kernels of this library: one table per instruction set.
+#pragma once
+
+#include "arguments.h"
+
+struct Kernels {
+    const char *name;
+    int (*conv1d)(Arguments &);
+};
+
+#include "instruction_sets.h"

@@ -1,0 +1,23 @@
+// The kernels of one instruction set: included in a namespace of that set, with its SIMD_ macro defined.
+
+#include "simd.h"
+
+#include "conv1d.h"
+
+template <class T>
+int conv1d_of(Arguments &a, Threads threads) {
+    const Sequence<const T> x = sequence<const T>(a);
+    const Sequence<T> out = sequence<T>(a);
+    const float *weight = a.pointer<const float>(), *bias = a.pointer<const float>();
+    const int64_t batch = a.integer(), channels = a.integer(), length = a.integer(), width = a.integer();
+    const bool activate = a.integer() != 0, reverse = a.integer() != 0;
+    if (!a.complete()) return WRONG_ARGUMENTS;
+    return conv1d_forward(x, out, Taps{weight, bias, width}, batch, channels, length, activate, reverse, threads);
+}
+
+int conv1d(Arguments &a) {
+    const Threads threads = a.threads();
+    return a.integer() == BFLOAT16 ? conv1d_of<bfloat16>(a, threads) : conv1d_of<float>(a, threads);
+}
+
+constexpr Kernels kernels(const char *name) { return {name, conv1d}; }
