@@ -1,4 +1,4 @@
-"""Build mamba_ssm: the Python package always, its CUDA extension where that can be compiled.
+"""Build mamba_ssm: the Python package always, its CPU kernels and its CUDA extension where they can be compiled.
 
 Read from the environment; TRUE, 1, YES or ON in any case switch one on:
 
@@ -16,10 +16,15 @@ from __future__ import annotations
 
 import os
 import re
+from glob import glob
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
+from setuptools._distutils.ccompiler import new_compiler
+from setuptools._distutils.errors import CompileError, DistutilsExecError, LinkError
+from setuptools._distutils.sysconfig import customize_compiler
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
@@ -28,6 +33,13 @@ SWITCHES = "MAMBA"
 FALLBACK = "SELECTIVE_SCAN_FORCE_FALLBACK"
 CUDA_MODULE = "selective_scan_cuda"
 CUDA_SOURCES = "csrc/selective_scan/cuda"
+
+NATIVE_LIBRARY = "kernels.cpu.so"  # a dot in its stem: nothing that walks the package takes it for a module
+NATIVE_SOURCES = ["csrc/cpu/*.cpp", "csrc/common/isa_*.cpp"]  # common: causal-conv1d/csrc/cpu
+NATIVE_INCLUDES = ["csrc/cpu", "csrc/common"]
+# -ffast-math must never be among them: it deletes the range reduction of the exponential.
+NATIVE_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
+NATIVE_FLAGS += ["-fno-exceptions", "-fno-rtti", "-w"]  # gcc 12 warns about its own AVX-512 header
 
 
 class BuildError(Exception):
@@ -100,6 +112,40 @@ def cuda_build() -> tuple[list[Any], dict[str, type]]:
     return [cpp_extension.CUDAExtension(CUDA_MODULE, sources)], {"build_ext": BuildCuda}
 
 
+def native_sources() -> list[str]:
+    return [path for pattern in NATIVE_SOURCES for path in sorted(glob(pattern))]
+
+
+def build_native(folder: Path) -> None:
+    """Compile the CPU kernels into one library in `folder`, for whatever Python and torch will load it.
+
+    Each source holds the kernels of one instruction set and says so itself; the machine that runs them chooses.
+
+    Raises:
+        BuildError: it is switched off, or cannot be compiled. No library of an earlier build is left then.
+    """
+    library = folder / NATIVE_LIBRARY
+    library.unlink(missing_ok=True)
+    if switched_on(FALLBACK):
+        raise BuildError(f"{FALLBACK} was set when it was installed")
+    if os.name != "posix":
+        raise BuildError("its kernels compile on Linux and macOS only")
+    sources = native_sources()
+    if not sources:
+        raise BuildError("the sources of its kernels are missing; install it from a whole checkout")
+    compiler = new_compiler()
+    customize_compiler(compiler)
+    with TemporaryDirectory() as objects:
+        try:
+            compiled = compiler.compile(sources, objects, include_dirs=NATIVE_INCLUDES, extra_postargs=NATIVE_FLAGS)
+            compiler.link_shared_object(compiled, str(library), target_lang="c++")
+        except (CompileError, LinkError, DistutilsExecError) as error:
+            library.unlink(missing_ok=True)
+            raise BuildError(
+                f"no C++ compiler could build its kernels ({error}); pip install -v shows its output"
+            ) from error
+
+
 def refuse_if_forced() -> None:
     if cuda_is_forced() and "cuda" in left_out:
         raise SystemExit(
@@ -116,9 +162,13 @@ class BuildPackage(build_py):
         if self.distribution.ext_modules:
             self.run_command("build_ext")
         super().run()
+        folder = HERE if getattr(self, "editable_mode", False) else Path(self.build_lib)
+        try:
+            build_native(folder / PACKAGE)
+        except BuildError as error:
+            left_out["native"] = str(error)
         for backend, reason in left_out.items():
             print(f"{PACKAGE} comes without its {backend} backend: {reason}. The others take its place.")
-        folder = HERE if getattr(self, "editable_mode", False) else Path(self.build_lib)
         (folder / PACKAGE / "_build.py").write_text(
             '"""Written by setup.py: the backends that this installation comes without, and why."""\n\n'
             f"REASONS: dict[str, str] = {left_out!r}\n",
@@ -126,10 +176,15 @@ class BuildPackage(build_py):
         )
 
 
+class BinaryDistribution(Distribution):
+    """A distribution whose wheel belongs to one platform, because of its compiled library."""
+
+    def has_ext_modules(self) -> bool:
+        return bool(self.ext_modules) or (bool(native_sources()) and not switched_on(FALLBACK))
+
+
 os.chdir(HERE)  # setuptools looks for the package in the working directory
-left_out = {"native": "this version has no C++ kernels"}
-if switched_on(FALLBACK):
-    left_out["native"] = f"{FALLBACK} was set when it was installed"
+left_out: dict[str, str] = {}
 extensions: list[Any] = []
 commands: dict[str, type] = {"build_py": BuildPackage}
 try:
@@ -148,6 +203,7 @@ setup(
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
     package_data={PACKAGE: ["py.typed"]},
     ext_modules=extensions,
+    distclass=BinaryDistribution,
     cmdclass=commands,
     python_requires=">=3.10",
     install_requires=["torch>=2.4"],

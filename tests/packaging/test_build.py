@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
+from causal_conv1d.backend.native import Library
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -191,7 +193,7 @@ def test_forcing_a_build_that_cannot_be_is_an_error(source: Path, package: Packa
 def test_other_values_switch_nothing_on(source: Path, package: Package) -> None:
     off = {f"{package.switches}_FORCE_BUILD": "FALSE", package.fallback: "0"}
     assert build_wheel(source, **off).returncode == 0
-    assert left_out(source)["native"] == "this version has no C++ kernels"
+    assert left_out(source)["native"].startswith("the sources of its kernels are missing")
 
 
 @pytest.mark.parametrize(
@@ -264,3 +266,65 @@ def test_pip_builds_it_without_isolation_or_network(source: Path, package: Packa
     assert [path.name for path in (tmp_path / "wheels").iterdir()] == [
         f"{package.name}-{package.version}-py3-none-any.whl"
     ]
+
+
+# --- the compiled CPU kernels ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def whole_source(package: Package, source: Path) -> Path:
+    """`source` with the C++ sources of its CPU kernels."""
+    shutil.copytree(ROOT / package.folder / "csrc", source / "csrc")
+    return source
+
+
+def libraries(source: Path) -> list[str]:
+    (wheel,) = (source / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return [name for name in archive.namelist() if name.endswith(".so")]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler here")
+def test_the_kernels_are_compiled_into_the_wheel_without_torch(whole_source: Path, package: Package) -> None:
+    """As under pip's build isolation."""
+    (whole_source / "torch.py").write_text("raise ImportError('kept away by the test')")
+    result = build_wheel(whole_source, PYTHONPATH=str(whole_source))
+    assert result.returncode == 0, result.stderr
+    assert libraries(whole_source) == [f"{package.name}/kernels.cpu.so"]
+    assert set(left_out(whole_source)) == {"cuda"}
+
+
+def test_without_a_compiler_the_package_is_built_without_kernels(whole_source: Path, package: Package) -> None:
+    result = build_wheel(whole_source, CC="no-such-compiler", CXX="no-such-compiler")
+    assert result.returncode == 0, result.stderr
+    assert libraries(whole_source) == []
+    assert left_out(whole_source)["native"].startswith("no C++ compiler could build its kernels")
+    assert f"{package.name} comes without its native backend: no C++ compiler" in result.stdout
+
+
+def test_the_fallback_switch_removes_kernels_of_an_earlier_build(whole_source: Path, package: Package) -> None:
+    stale = whole_source / package.name / "kernels.cpu.so"
+    stale.write_text("of another time")
+    program = "import sys, setuptools.build_meta as backend; print(backend.build_editable(sys.argv[1]))"
+    result = run("-c", program, whole_source.parent, cwd=whole_source, **{package.fallback: "1"})
+    assert result.returncode == 0, result.stderr
+    assert not stale.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"not a library", "cannot be loaded"), (None, "")],
+    ids=["broken", "none"],
+)
+def test_a_library_that_cannot_be_loaded_is_a_reason_not_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, reason: str
+) -> None:
+    folder = tmp_path / "package_of_the_test"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    if content is not None:
+        (folder / "kernels.cpu.so").write_bytes(content)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    missing = Library("package_of_the_test").missing
+    assert missing is not None
+    assert reason in missing

@@ -21,6 +21,7 @@ from mamba_ssm.ops.mamba_inner import (
     DirectionParameters,
     bidirectional_inner,
     bimamba_inner_fn,
+    decay_rates,
     mamba_inner_fn,
 )
 from mamba_ssm.ops.norm import RMSNorm, layer_norm_fn, rms_norm_fn
@@ -128,11 +129,14 @@ class Mamba(nn.Module):
         elif self.bimamba_type == "none":
             out = mamba_inner_fn(self._inner_input(hidden_states), *self._inner_parameters(), **self._skip())
         elif self.bimamba_type == "v1":
-            parameters = (*self._inner_parameters(), _decay_rates(self.A_b_log))
+            parameters = (*self._inner_parameters(), decay_rates(self.A_b_log))
             out = bimamba_inner_fn(self._inner_input(hidden_states), *parameters, **self._skip())
         else:
-            y = bidirectional_inner(self._inner_input(hidden_states), self._direction(""), self._direction("_b"))
-            out = self.out_proj((y / 2 if self.if_divide_out else y).transpose(1, 2))
+            scale = 0.5 if self.if_divide_out else 1.0
+            xz = self._inner_input(hidden_states)
+            out = self.out_proj(
+                bidirectional_inner(xz, self._direction(""), self._direction("_b"), scale).transpose(1, 2)
+            )
         return out if self.init_layer_scale is None else out * self.gamma
 
     def _inner_input(self, hidden_states: Tensor) -> Tensor:
@@ -142,7 +146,7 @@ class Mamba(nn.Module):
     def _inner_parameters(self) -> tuple[Any, ...]:
         conv, out = self.conv1d, self.out_proj
         projections = (self.x_proj.weight, self.dt_proj.weight, out.weight, out.bias)
-        return conv.weight, conv.bias, *projections, _decay_rates(self.A_log)
+        return conv.weight, conv.bias, *projections, decay_rates(self.A_log)
 
     def _skip(self) -> dict[str, Any]:
         return {
@@ -160,7 +164,7 @@ class Mamba(nn.Module):
             conv.bias,
             x_proj.weight,
             dt_proj.weight,
-            _decay_rates(A_log),
+            A_log,
             _at_least_fp32(D),
             _at_least_fp32(dt_proj.bias),
         )
@@ -188,7 +192,7 @@ class Mamba(nn.Module):
         y, last_state = selective_scan_fn(
             u,
             delta,
-            _decay_rates(self.A_log),
+            decay_rates(self.A_log),
             B.transpose(1, 2),
             C.transpose(1, 2),
             z=z,
@@ -229,7 +233,7 @@ class Mamba(nn.Module):
             ssm_state,
             x,
             dt,
-            _decay_rates(self.A_log),
+            decay_rates(self.A_log),
             B,
             C,
             skip["D"],
@@ -279,11 +283,6 @@ def _known_type(bimamba_type: str | None) -> str:
 
 def _at_least_fp32(parameter: Tensor) -> Tensor:
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
-
-
-def _decay_rates(A_log: Tensor) -> Tensor:
-    """A (e, n), negative, from its stored logarithm."""
-    return -torch.exp(_at_least_fp32(A_log))
 
 
 def _undecayed(value: Tensor) -> nn.Parameter:

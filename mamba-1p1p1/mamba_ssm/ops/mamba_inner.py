@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from causal_conv1d.reference import conv1d_reference
+from mamba_ssm.ops import selective_scan_native as native
 from mamba_ssm.ops.reference import scan_reference
-from mamba_ssm.ops.selective_scan import bidirectional_scan, selective_scan_fn
+from mamba_ssm.ops.selective_scan import FAMILY, bidirectional_scan, selective_scan_fn
 
 
 class DirectionParameters(NamedTuple):
@@ -30,9 +31,39 @@ class DirectionParameters(NamedTuple):
     conv1d_bias: Tensor | None
     x_proj_weight: Tensor
     delta_proj_weight: Tensor
-    A: Tensor
+    A_log: Tensor  # log(-A)
     D: Tensor | None
     delta_bias: Tensor | None
+
+
+_ONE = "Tensor conv1d_weight{0}, Tensor? conv1d_bias{0}, Tensor x_proj_weight{0}, Tensor delta_proj_weight{0}, "
+_ONE += "Tensor A_log{0}, Tensor? D{0}, Tensor? delta_bias{0}"
+LIBRARY = torch.library.Library("mamba_ssm", "FRAGMENT")
+LIBRARY.define(f"bidirectional_inner(Tensor xz, {_ONE.format('')}, {_ONE.format('_b')}, float scale) -> Tensor")
+
+
+def _run_inner(xz: Tensor, *arguments: Any) -> Tensor:
+    return FAMILY.choose("bidirectional_inner", xz.device.type)(xz, *arguments)
+
+
+LIBRARY.impl("bidirectional_inner", _run_inner, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mamba_ssm::bidirectional_inner", lib=LIBRARY)
+def _inner_fake(xz: Tensor, *arguments: Any) -> Tensor:
+    batch, doubled, length = xz.shape
+    return xz.new_empty((batch, length, doubled // 2)).transpose(1, 2)
+
+
+@FAMILY.kernel("torch", "bidirectional_inner")
+def _inner_torch(xz: Tensor, *arguments: Any) -> Tensor:
+    *parameters, scale = arguments
+    count = len(DirectionParameters._fields)
+    first, second = DirectionParameters(*parameters[:count]), DirectionParameters(*parameters[count:])
+    return _compose(xz, first, second, scale)
+
+
+FAMILY.native_kernel("bidirectional_inner", native.bidirectional_inner)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool = False) -> Tensor:
@@ -189,7 +220,7 @@ def bimamba_inner_fn(
 
 
 def bidirectional_inner(
-    xz: Tensor, forward: DirectionParameters, backward: DirectionParameters, delta_softplus: bool = True
+    xz: Tensor, forward: DirectionParameters, backward: DirectionParameters, scale: float = 1.0
 ) -> Tensor:
     """The "v2" bidirectional block without its output projection: two directions that share only the gate.
 
@@ -197,18 +228,34 @@ def bidirectional_inner(
         xz: (b, 2 e, l), any strides. Neither it nor anything else is flipped: the second direction's convolution
             and scan run from the last token.
         forward, backward: the parameters of the two directions.
+        scale: what the sum of the directions is multiplied with.
 
     Returns:
-        (b, e, l), the gated sum (not halved). Source: arXiv 2401.09417, Algorithm 1.
+        (b, e, l), the gated sum. One op where no gradient is asked for: its intermediate results need no memory.
+        Source: arXiv 2401.09417, Algorithm 1.
     """
+    _split(xz)
+    arguments = (*forward, *backward)
+    if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in (xz, *arguments)):
+        return _compose(xz, forward, backward, scale)
+    return torch.ops.mamba_ssm.bidirectional_inner(xz, *arguments, scale)
+
+
+def _compose(xz: Tensor, forward: DirectionParameters, backward: DirectionParameters, scale: float) -> Tensor:
     x, z = _split(xz)
     scans = []
     for parameters, reverse in ((forward, False), (backward, True)):
         convolved = _convolve(x, parameters.conv1d_weight, parameters.conv1d_bias, reverse)
-        A = parameters.A
+        A = decay_rates(parameters.A_log)
         delta, B, C = _project(convolved, parameters.x_proj_weight, parameters.delta_proj_weight, A)
         scans.append((convolved, delta, A, B, C, parameters.D, parameters.delta_bias))
-    return bidirectional_scan(scans[0], scans[1], z, delta_softplus)
+    y = bidirectional_scan(scans[0], scans[1], z, delta_softplus=True)
+    return y if scale == 1.0 else y * scale
+
+
+def decay_rates(A_log: Tensor) -> Tensor:
+    """A (e, n), negative and at least fp32, from its stored logarithm."""
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
 
 def mamba_inner_ref(

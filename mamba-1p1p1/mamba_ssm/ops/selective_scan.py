@@ -16,10 +16,11 @@ from torch import Tensor
 
 from causal_conv1d.backend import Family
 from mamba_ssm.ops import reference
+from mamba_ssm.ops import selective_scan_native as native
 from mamba_ssm.ops import selective_scan_torch as kernels
 from mamba_ssm.ops.selective_scan_torch import Direction, Gradients
 
-FAMILY = Family("selective_scan", "SELECTIVE_SCAN_FORCE_FALLBACK", "mamba_ssm", "mamba-1p1p1")
+FAMILY = Family("selective_scan", "SELECTIVE_SCAN_FORCE_FALLBACK", "mamba_ssm", "mamba-1p1p1", native.LIBRARY)
 
 # --- contract -------------------------------------------------------------------------------------------------------
 
@@ -182,6 +183,23 @@ def _bidirectional_scan_backward(dout: Tensor, states: Tensor, *arguments: Any) 
     gradients, dz = kernels.scan_backward(directions, z, dout, None, states, softplus)
     return _flatten(gradients, (*tensors, z), dz)
 
+
+# --- compiled CPU kernels -------------------------------------------------------------------------------------------
+
+
+def _selective_scan_native(*arguments: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+    *tensors, z, softplus, reverse, keep_states = arguments
+    return native.scan(_directions(tuple(tensors), (reverse,)), z, softplus, keep_states)
+
+
+def _bidirectional_scan_native(*arguments: Any) -> tuple[Tensor, Tensor] | None:
+    *tensors, z, softplus, keep_states = arguments
+    found = native.scan(_directions(tuple(tensors), (False, True)), z, softplus, keep_states)
+    return None if found is None else (found[0], found[2])
+
+
+FAMILY.native_kernel("selective_scan", _selective_scan_native)
+FAMILY.native_kernel("bidirectional_scan", _bidirectional_scan_native)
 
 # --- public functions -----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,12 @@
+// The kernels of this library: one table per instruction set.
+#pragma once
+
+#include "arguments.h"
+
+struct Kernels {
+    const char *name;
+    int (*selective_scan)(Arguments &);
+    int (*bidirectional_inner)(Arguments &);
+};
+
+#include "instruction_sets.h"

@@ -1,0 +1,6 @@
+// What the library exports.
+#include <kernels.h>
+
+EXPORT_LIBRARY
+EXPORT_KERNEL(selective_scan)
+EXPORT_KERNEL(bidirectional_inner)
