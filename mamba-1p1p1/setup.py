@@ -38,7 +38,7 @@ NATIVE_LIBRARY = "kernels.cpu.so"  # a dot in its stem: nothing that walks the p
 NATIVE_SOURCES = ["csrc/cpu/*.cpp", "csrc/common/isa_*.cpp"]  # common: causal-conv1d/csrc/cpu
 NATIVE_INCLUDES = ["csrc/cpu", "csrc/common"]
 # -ffast-math must never be among them: it deletes the range reduction of the exponential.
-NATIVE_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
+NATIVE_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off"]
 NATIVE_FLAGS += ["-fno-exceptions", "-fno-rtti", "-w"]  # gcc 12 warns about its own AVX-512 header
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from blocks import Block, PatchEmbed, create_block, init_mixer_weights, segm_init_weights
+from mamba_ssm.modules.mamba_simple import run_blocks
 from mamba_ssm.ops.norm import RMSNorm, layer_norm_fn, rms_norm_fn
 from registry import VARIANTS, data_config, entry_point
 from rope import VisionRotaryEmbeddingFast
@@ -258,7 +259,11 @@ class VisionMamba(TimmMethods, nn.Module):
         """Run the first `count` steps (all if None) and keep (hidden, residual) as they are after the steps `keep`."""
         hidden, residual = tokens, None
         kept: dict[int, tuple[Tensor, Tensor]] = {}
-        for step in range(self.num_steps if count is None else count):
+        steps = self.num_steps if count is None else count
+        plain = not (keep or self.if_rope or self.if_bidirectional) and inference_params is None
+        if plain and not torch.is_grad_enabled():
+            return (*run_blocks(self.layers[:steps], hidden, residual), kept)
+        for step in range(steps):
             if self.if_rope:
                 hidden = self._rotate(hidden, order)
                 if residual is not None and self.if_rope_residual:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from causal_conv1d import backend as backends
 from causal_conv1d import causal_conv1d_fn
 from causal_conv1d.backend import use_backend
+from causal_conv1d.backend.native import Library
+from mamba_ssm.modules import mamba_simple
+from mamba_ssm.modules.mamba_simple import Block, Mamba, run_blocks
+from mamba_ssm.ops import selective_scan_native as native
 from mamba_ssm.ops.mamba_inner import DirectionParameters, bidirectional_inner
+from mamba_ssm.ops.norm import RMSNorm, layer_norm_fn
 from mamba_ssm.ops.selective_scan import selective_scan_fn, selective_scan_ref
+from mamba_ssm.ops.selective_scan_torch import Direction
 from tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(
@@ -24,6 +40,20 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@contextmanager
+def count_calls() -> Iterator[list[str]]:
+    """The names of the kernels that are called inside, in order."""
+    names: list[str] = []
+    call = Library.call
+
+    def noted(self: Library, kernel: str, values: list[int]) -> None:
+        names.append(kernel)
+        call(self, kernel, values)
+
+    with patch.object(Library, "call", noted):
+        yield names
 
 
 def inner_arguments(
@@ -73,6 +103,16 @@ def test_inner(
         out = bidirectional_inner(xz, first, second, 0.5)
     assert out.dtype == dtype
     assert_close(out, in_fp64(xz, first, second, scale=0.5), dtype)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_inner_of_several_spans(batch: int, threads) -> None:
+    """Long enough that the directions meet in the middle of a span, and no multiple of anything."""
+    threads(2)
+    xz, first, second = inner_arguments(batch, 520, 1153, 2, 1, 4, False)
+    with use_backend("native"):
+        out = bidirectional_inner(xz, first, second, 0.5)
+    assert_close(out, in_fp64(xz, first, second, scale=0.5), torch.float32)
 
 
 def test_inner_takes_channel_first_input() -> None:
@@ -130,3 +170,180 @@ def test_growing_states_overflow_like_the_definition() -> None:
     finite = expected.abs() < 1e38
     assert torch.allclose(out[finite], expected[finite], rtol=1e-4)
     assert out[..., -1].isinf().all()
+
+
+# --- add and norm ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rms", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "residual_dtype"),
+    [
+        ((2, 67, 192), torch.float32, torch.float32),
+        ((1, 1, 1), torch.float32, None),
+        ((3, 5, 37), torch.float32, torch.float32),
+        ((130, 8), torch.bfloat16, torch.float32),
+        ((4, 19), torch.bfloat16, torch.bfloat16),
+        ((4, 19), torch.bfloat16, None),
+    ],
+)
+def test_add_norm(shape: tuple[int, ...], dtype: torch.dtype, residual_dtype: torch.dtype | None, rms: bool) -> None:
+    x, weight = torch.randn(shape).to(dtype), torch.randn(shape[-1])
+    bias = None if rms else torch.randn(shape[-1])
+    residual = None if residual_dtype is None else torch.randn(shape).to(residual_dtype)
+    options = {"eps": 1e-5, "prenorm": True, "residual_in_fp32": True, "is_rms_norm": rms}
+    with torch.no_grad(), use_backend("native"):
+        y, total = layer_norm_fn(x, weight, bias, residual, **options)
+    wide = [None if t is None else t.double() for t in (x, weight, bias, residual)]
+    expected, expected_total = layer_norm_fn(*wide, **options)
+    assert y.dtype == dtype
+    assert total.dtype == (residual_dtype or torch.float32)
+    assert_close(y, expected, dtype)
+    assert_close(total, expected_total, total.dtype)
+
+
+def test_add_norm_is_one_op_of_its_schema() -> None:
+    x, residual, weight = torch.randn(3, 2, 5, 8)[0], torch.randn(2, 5, 8), torch.randn(8)
+    for arguments in (
+        (x, residual, weight, None, 1e-5, True, torch.float32),
+        (x, None, weight, weight, 1e-5, False, None),
+    ):
+        torch.library.opcheck(torch.ops.mamba_ssm.add_norm, arguments)
+
+
+# --- whole blocks ----------------------------------------------------------------------------------------------------
+
+
+def make_blocks(count: int, model: int, **options: Any) -> list[Block]:
+    norm = options.pop("norm", RMSNorm)
+    blocks = [Block(model, partial(Mamba, bimamba_type="v2", **options), norm_cls=norm).eval() for _ in range(count)]
+    for block in blocks:
+        torch.nn.init.normal_(block.norm.weight)
+    return blocks
+
+
+def one_by_one(blocks: list[Block], x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The reference: the same blocks in fp64, on the PyTorch kernels."""
+    x, residual = x.double(), None if residual is None else residual.double()
+    with use_backend("torch"), torch.no_grad():
+        for block in blocks:
+            x, residual = copy.deepcopy(block).double()(x, residual)
+    return x, residual
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "model", "options"),
+    [
+        (1, 197, 192, {"if_divide_out": True}),
+        (2, 33, 20, {"d_state": 5, "d_conv": 3, "bias": True, "norm": torch.nn.LayerNorm}),
+        (3, 1, 7, {"dt_rank": 3, "expand": 3, "conv_bias": False}),
+        (2, 700, 260, {"d_state": 2}),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_blocks_at_once(batch: int, length: int, model: int, options: dict[str, Any], count: int, threads) -> None:
+    threads(count)
+    blocks, x = make_blocks(3, model, **options), torch.randn(batch, length, model)
+    with torch.no_grad(), count_calls() as calls:
+        hidden, residual = run_blocks(blocks, x, None)
+    assert calls == ["bidirectional_blocks"]
+    expected, expected_residual = one_by_one(blocks, x)
+    assert_close(hidden, expected, torch.float32)
+    assert_close(residual, expected_residual, torch.float32)
+
+
+def test_one_block_at_once_leaves_its_inputs_alone() -> None:
+    (block,), (x, residual) = make_blocks(1, 12), torch.randn(2, 2, 9, 12)
+    before = x.clone(), residual.clone()
+    with torch.no_grad(), count_calls() as calls:
+        out, total = block(x, residual)
+    assert calls == ["bidirectional_blocks"]
+    assert torch.equal(x, before[0])
+    assert torch.equal(residual, before[1])
+    expected, expected_total = one_by_one([block], x, residual)
+    assert_close(out, expected, torch.float32)
+    assert_close(total, expected_total, torch.float32)
+
+
+def test_blocks_of_other_kinds_run_in_between() -> None:
+    blocks = make_blocks(2, 16) + make_blocks(1, 16, d_state=4) + make_blocks(1, 16, init_layer_scale=0.1)
+    blocks += make_blocks(1, 16, norm=torch.nn.LayerNorm)
+    x = torch.randn(1, 11, 16)
+    with torch.no_grad(), count_calls() as calls:
+        hidden, _ = run_blocks(blocks, x, None)
+    assert calls.count("bidirectional_blocks") == 3
+    assert_close(hidden, one_by_one(blocks, x)[0], torch.float32)
+
+
+@pytest.mark.parametrize("name", ["", "mixer", "mixer.in_proj", "mixer.out_proj"])
+def test_hooks_are_called(name: str) -> None:
+    (block,) = make_blocks(1, 12)
+    seen: list[str] = []
+    block.get_submodule(name).register_forward_hook(lambda *_: seen.append(name))
+    with torch.no_grad():
+        run_blocks([block], torch.randn(1, 4, 12), None)
+    assert seen == [name]
+
+
+def test_replaced_modules_are_called() -> None:
+    (block,) = make_blocks(1, 12)
+    x = torch.randn(1, 4, 12)
+    block.mixer.out_proj = torch.nn.Sequential(block.mixer.out_proj, torch.nn.Tanh())
+    with torch.no_grad():
+        assert run_blocks([block], x, None)[0].abs().max() < 1
+
+
+def test_blocks_that_are_trained_keep_their_gradients() -> None:
+    blocks = make_blocks(2, 12)
+    run_blocks(blocks, torch.randn(1, 4, 12), None)[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in blocks[0].mixer.parameters())
+
+
+def test_blocks_are_one_op_of_its_schema() -> None:
+    (block,) = make_blocks(1, 8)
+    parameters = list(mamba_simple._plain_parameters(block))
+    arguments = (torch.randn(1, 5, 8), torch.randn(1, 5, 8), [None if p is None else p.detach() for p in parameters])
+    torch.library.opcheck(torch.ops.mamba_ssm.bidirectional_blocks, (*arguments, 1e-5, True, 0.5))
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+GUARD = 1234.5
+
+
+def guarded(*shape: int, channel_last: bool) -> tuple[Tensor, Tensor]:
+    """An unset (b, d, l) tensor inside a larger one, and that larger one."""
+    batch, channels, length = (size + 2 for size in shape)
+    sizes = (batch, length, channels) if channel_last else (batch, channels, length)
+    around = torch.full(sizes, GUARD)
+    around = around.transpose(1, 2) if channel_last else around
+    return around[1:-1, 1:-1, 1:-1], around
+
+
+@pytest.mark.parametrize("channel_last", [False, True])
+@given(batch=st.integers(1, 2), channels=st.integers(1, 37), length=st.integers(1, 90), states=st.integers(1, 18))
+@settings(max_examples=25, deadline=None)
+def test_nothing_around_the_results_is_written(
+    channel_last: bool, batch: int, channels: int, length: int, states: int
+) -> None:
+    """The output lies inside a larger tensor, as do the inputs, whose surroundings are NaN and must not be read."""
+
+    def inside(*sizes: int) -> Tensor:
+        value, around = guarded(*sizes, channel_last=channel_last)
+        around.fill_(float("nan"))
+        return value.copy_(torch.randn(sizes))
+
+    u, delta, z = (inside(batch, channels, length) for _ in range(3))
+    B, C = (inside(batch, states, length)[:, None] for _ in range(2))
+    out, around = guarded(batch, channels, length, channel_last=channel_last)
+    directions = [
+        Direction(u, delta, -torch.rand(channels, states), B, C, None, None, reverse) for reverse in (False, True)
+    ]
+    with patch.object(native, "_empty_like", lambda *_: out):
+        result, last, borders = native.scan(directions, z, softplus=True, keep_states=True)
+    assert result is out
+    assert not result.isnan().any()
+    assert not last.isnan().any()
+    assert not borders.isnan().any()
+    around[1:-1, 1:-1, 1:-1] = GUARD
+    assert (around == GUARD).all()

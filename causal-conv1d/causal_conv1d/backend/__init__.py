@@ -116,8 +116,8 @@ class Family:
                 return backend
         raise AssertionError("the torch backend is always there")
 
-    def choose(self, op: str, device_type: str) -> Callable[..., Any]:
-        """The kernel that runs `op` on tensors of this device type.
+    def backend_for(self, op: str, device_type: str) -> str:
+        """The backend that runs `op` on tensors of this device type.
 
         Raises:
             RuntimeError: `use_backend` asked for a backend that cannot run this call.
@@ -125,12 +125,16 @@ class Family:
         requested = _requested.get()
         if requested is not None:
             self._require(requested, op, device_type)
-            return self._kernels[requested][op]
+            return requested
         backend = self.preferred(device_type)
         if op not in self._kernels[backend]:
             self._tell_once(f"{op}: the {backend} backend has no kernel for it; the torch backend runs it")
             backend = "torch"
-        return self._kernels[backend][op]
+        return backend
+
+    def choose(self, op: str, device_type: str) -> Callable[..., Any]:
+        """The kernel of `backend_for`. Raises RuntimeError as it does."""
+        return self._kernels[self.backend_for(op, device_type)][op]
 
     def require(self, backend: str) -> None:
         """Raise RuntimeError, with the reason and the mend, if a backend is not there."""

@@ -26,7 +26,7 @@ class Call:
 
     def converted(self, value: Tensor) -> Tensor:
         """The value in the dtype of the activations."""
-        return self.kept(value.to(self.dtype))
+        return value if value.dtype is self.dtype else self.kept(value.to(self.dtype))
 
     def kept(self, value: Tensor) -> Tensor:
         """The value, alive as long as this call."""
@@ -34,16 +34,16 @@ class Call:
         return value
 
     def integers(self, *values: int) -> Call:
-        self._values.extend(map(int, values))
+        self._values += values
         return self
 
     def number(self, value: float) -> Call:
-        self._values.append(struct.unpack("<q", struct.pack("<d", value))[0])
+        self._values += struct.unpack("<q", struct.pack("<d", value))
         return self
 
     def address(self, value: Tensor | None) -> Call:
-        """Where a tensor's elements are; 0 for none."""
-        self._values.append(0 if value is None else self.kept(value).data_ptr())
+        """Where a tensor's elements are; 0 for none. The caller keeps it alive."""
+        self._values.append(0 if value is None else value.data_ptr())
         return self
 
     def sequence(self, value: Tensor | None) -> Call:
@@ -51,12 +51,15 @@ class Call:
         if value is None:
             return self.integers(0, 0, 0, 0)
         converted = self.converted(value)
-        return self.integers(converted.data_ptr(), *converted.stride())
+        self._values += (converted.data_ptr(), *converted.stride())
+        return self
 
     def parameter(self, value: Tensor | None) -> Call:
         """A parameter, as the address of contiguous fp32 numbers; 0 for none."""
-        return self.address(None if value is None else value.detach().to(torch.float32).contiguous())
+        if value is not None and not (value.dtype is torch.float32 and value.is_contiguous()):
+            value = self.kept(value.detach().to(torch.float32).contiguous())
+        return self.address(value)
 
     def run(self, library: Library, kernel: str) -> None:
         """Run it. Raises RuntimeError or MemoryError if the kernel refuses."""
-        library.call(kernel, *self._values)
+        library.call(kernel, self._values)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from causal_conv1d.backend.memory import keep_freed_memory
+
 ABI = 1  # as in csrc/cpu/platform.h
 FILE = "kernels.cpu.so"
 FAILURES = {1: "got a wrong list of arguments", 2: "found no memory left"}
@@ -54,12 +56,13 @@ class Library:
         self.instruction_set = name().decode()
         return None
 
-    def call(self, kernel: str, *values: int) -> None:
+    def call(self, kernel: str, values: list[int]) -> None:
         """Run a kernel on torch's threads, `torch.get_num_threads()` of them.
 
         Raises:
             RuntimeError, MemoryError: the kernel did not run; nothing was written.
         """
+        keep_freed_memory()
         arguments = array("q", (fork_address(), torch.get_num_threads(), *values))
         address, count = arguments.buffer_info()
         code = getattr(self._library, kernel)(ctypes.c_void_p(address), ctypes.c_int64(count))

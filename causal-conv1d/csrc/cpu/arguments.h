@@ -34,6 +34,8 @@ public:
         return {fork, count < 1 ? 1 : count};
     }
 
+    int64_t left() const { return left_; }
+
     // Whether exactly all integers were read.
     bool complete() const { return !short_ && left_ == 0; }
 
@@ -67,4 +69,16 @@ public:
 private:
     static size_t bytes(int64_t floats) { return (static_cast<size_t>(floats) * sizeof(float) + 64) / 64 * 64; }
     float *data_;
+};
+
+// Deals out memory in turn; over null it only counts.
+struct Cursor {
+    float *base;
+    int64_t used = 0;
+
+    float *take(int64_t floats) {
+        float *taken = base ? base + used : nullptr;
+        used += (floats + 15) / 16 * 16;
+        return taken;
+    }
 };

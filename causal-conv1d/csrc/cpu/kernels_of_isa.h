@@ -2,6 +2,8 @@
 
 #include "simd.h"
 
+#include "tile.h"
+
 #include "conv1d.h"
 
 template <class T>

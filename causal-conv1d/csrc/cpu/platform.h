@@ -22,6 +22,12 @@
 #define KERNELS_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
+#if defined(__GNUC__)
+#define ALWAYS_INLINE __attribute__((always_inline))
+#else
+#define ALWAYS_INLINE
+#endif
+
 // The binding is plain C: a kernel takes one array of integers (pointers, sizes, strides in elements, flags; numbers
 // with a fraction as the bits of a double) and returns 0, or one of these.
 enum Status { OK = 0, WRONG_ARGUMENTS = 1, OUT_OF_MEMORY = 2 };

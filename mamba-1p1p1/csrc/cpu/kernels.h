@@ -7,6 +7,8 @@ struct Kernels {
     const char *name;
     int (*selective_scan)(Arguments &);
     int (*bidirectional_inner)(Arguments &);
+    int (*bidirectional_blocks)(Arguments &);
+    int (*add_norm)(Arguments &);
 };
 
 #include "instruction_sets.h"

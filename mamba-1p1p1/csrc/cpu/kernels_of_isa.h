@@ -2,18 +2,26 @@
 
 #include "simd.h"
 
+#include "tile.h"
+
 #include "conv1d.h"
 
 #include "scan.h"
 
+#include "gemm.h"
+
 #include "inner.h"
+
+#include "norm.h"
+
+#include "block.h"
 
 template <class T>
 Output<T> read_output(Arguments &a, const Sizes &sizes) {
     const Sequence<T> out = sequence<T>(a);
     const Sequence<const T> z = sequence<const T>(a);
     const Sequence<float> sum = sequence<float>(a);
-    return {out, z, sum, sizes.length, sizes.directions, static_cast<float>(a.number())};
+    return {out, z, sum, sizes.length, static_cast<float>(a.number())};
 }
 
 inline Sizes read_sizes(Arguments &a) {
@@ -62,7 +70,7 @@ int selective_scan_of(Arguments &a, Threads threads) {
     Given<T> directions[DIRECTIONS];
     for (int64_t s = 0; s < sizes.directions; ++s) directions[s] = read_given<T>(a, sizes);
     if (!a.complete()) return WRONG_ARGUMENTS;
-    return scan(directions, sizes, output, Kept{last, borders}, threads);
+    return scan(directions, sizes, output, Kept{last, borders, nullptr}, threads);
 }
 
 int selective_scan(Arguments &a) {
@@ -75,17 +83,15 @@ Computed<T> read_computed(Arguments &a, const Sizes &sizes, const Sequence<const
     Computed<T> computed{};
     const float *weight = a.pointer<const float>();
     computed.taps = {weight, a.pointer<const float>(), width};
-    computed.x_proj = a.pointer<const float>();
+    computed.x_proj = {a.pointer<const float>(), nullptr, rank + 2 * sizes.states, sizes.channels, nullptr};
     computed.dt_proj = a.pointer<const float>();
     computed.A_log = a.pointer<const float>();
     computed.D = a.pointer<const float>();
     computed.bias = a.pointer<const float>();
-    computed.projected = a.pointer<float>();
     computed.reverse = a.integer() != 0;
     computed.x = computed.reverse ? x.reversed(sizes.length) : x;
     computed.states = sizes.states;
     computed.rank = rank;
-    computed.length = sizes.length;
     computed.channels = sizes.channels;
     return computed;
 }
@@ -96,7 +102,7 @@ int bidirectional_inner_of(Arguments &a, Threads threads) {
     const Output<T> output = read_output<T>(a, sizes);
     const Sequence<const T> x = sequence<const T>(a);
     const int64_t width = a.integer(), rank = a.integer();
-    if (sizes.directions > DIRECTIONS || sizes.groups != 1) return WRONG_ARGUMENTS;
+    if (sizes.directions != DIRECTIONS || sizes.groups != 1) return WRONG_ARGUMENTS;
     Computed<T> directions[DIRECTIONS];
     for (int64_t s = 0; s < sizes.directions; ++s) directions[s] = read_computed<T>(a, sizes, x, width, rank);
     if (!a.complete()) return WRONG_ARGUMENTS;
@@ -109,4 +115,69 @@ int bidirectional_inner(Arguments &a) {
                                    : bidirectional_inner_of<float>(a, threads);
 }
 
-constexpr Kernels kernels(const char *name) { return {name, selective_scan, bidirectional_inner}; }
+template <class T, class R>
+int read_add_norm(Arguments &a, Threads threads) {
+    const T *x = a.pointer<const T>();
+    const R *residual = a.pointer<const R>();
+    T *y = a.pointer<T>();
+    R *stored = a.pointer<R>();
+    const float *weight = a.pointer<const float>(), *bias = a.pointer<const float>();
+    NormSizes sizes;
+    sizes.rows = a.integer();
+    sizes.features = a.integer();
+    sizes.eps = static_cast<float>(a.number());
+    sizes.rms = a.integer() != 0;
+    if (!a.complete()) return WRONG_ARGUMENTS;
+    return add_norm_of(x, residual, y, stored, weight, bias, sizes, threads);
+}
+
+int add_norm(Arguments &a) {
+    const Threads threads = a.threads();
+    const bool narrow = a.integer() == BFLOAT16, narrow_sum = a.integer() == BFLOAT16;
+    if (!narrow) return narrow_sum ? WRONG_ARGUMENTS : read_add_norm<float, float>(a, threads);
+    return narrow_sum ? read_add_norm<bfloat16, bfloat16>(a, threads) : read_add_norm<bfloat16, float>(a, threads);
+}
+
+inline Linear read_linear(Arguments &a, int64_t columns, int64_t depth) {
+    const float *weight = a.pointer<const float>();
+    return {weight, a.pointer<const float>(), columns, depth, nullptr};
+}
+
+constexpr int64_t BLOCK_ARGUMENTS = 6 + 2 * 8;
+
+int bidirectional_blocks(Arguments &a) {
+    const Threads threads = a.threads();
+    if (a.integer() != FLOAT32) return WRONG_ARGUMENTS;
+    const Sizes sizes = read_sizes(a);
+    Block block;
+    block.x = a.pointer<const float>();
+    block.residual = a.pointer<const float>();
+    block.out = a.pointer<float>();
+    block.stored = a.pointer<float>();
+    block.norm.rows = sizes.batch * sizes.length;
+    block.norm.features = a.integer();
+    block.norm.eps = static_cast<float>(a.number());
+    block.norm.rms = a.integer() != 0;
+    block.scale = static_cast<float>(a.number());
+    const int64_t width = a.integer(), rank = a.integer(), count = a.integer();
+    if (sizes.directions != DIRECTIONS || sizes.groups != 1) return WRONG_ARGUMENTS;
+    if (a.left() != count * BLOCK_ARGUMENTS) return WRONG_ARGUMENTS;
+    for (int64_t index = 0; index < count; ++index) {
+        block.norm_weight = a.pointer<const float>();
+        block.norm_bias = a.pointer<const float>();
+        block.in = read_linear(a, 2 * sizes.channels, block.norm.features);
+        block.to_out = read_linear(a, block.norm.features, sizes.channels);
+        Computed<float> directions[DIRECTIONS];
+        const Sequence<const float> none{};  // what the directions read is computed first
+        for (int64_t s = 0; s < sizes.directions; ++s) {
+            directions[s] = read_computed<float>(a, sizes, none, width, rank);
+        }
+        const int code = run_block(block, directions, sizes, threads);
+        if (code != OK) return code;
+        block.x = block.out;
+        block.residual = block.stored;
+    }
+    return a.complete() ? OK : WRONG_ARGUMENTS;
+}
+
+constexpr Kernels kernels(const char *name) { return {name, selective_scan, bidirectional_inner, bidirectional_blocks, add_norm}; }

@@ -4,3 +4,5 @@
 EXPORT_LIBRARY
 EXPORT_KERNEL(selective_scan)
 EXPORT_KERNEL(bidirectional_inner)
+EXPORT_KERNEL(bidirectional_blocks)
+EXPORT_KERNEL(add_norm)

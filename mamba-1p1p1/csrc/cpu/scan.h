@@ -12,32 +12,48 @@
 // A reversed direction is a forward one over rows that run the other way.
 
 constexpr int64_t CHUNK = 32;  // tokens between kept states: the same number as in selective_scan_torch.py
-constexpr int TILE = Vec::registers == 32 ? 8 : 2;  // states swept together
+constexpr int TILE = 4;        // states swept together
+constexpr float LOG2_E = 1.44269504088896341f;
 
 // What one direction stages for a vector of channels and a chunk: (CHUNK, LANES) each.
 struct Staged {
     float *dt, *weighted, *y;
-    float *reach;  // (LANES,): the largest |dt| of the chunk
+    float *reach;  // (LANES,): the largest |dt| of the chunk, or a NaN
+    float *tiles;  // room for three tiles
 };
 
-inline Vec magnitude(Vec a) { return broadcast(0.0f) - negative_magnitude(a); }
+// Factors 2^(dt * a) of a chunk for one state, COUNT vectors apart.
+template <int COUNT, bool BOUNDED>
+inline void decays(const float *dt, int64_t tokens, Vec a, float *out) {
+    in_groups(tokens, [=](int64_t t, auto count) {
+        constexpr int n = decltype(count)::value;
+        Vec x[n];
+        for (int i = 0; i < n; ++i) x[i] = load(dt + (t + i) * LANES) * a;
+        exp2_each<BOUNDED, n>(x);
+        for (int i = 0; i < n; ++i) store(out + (t + i) * COUNT * LANES, x[i]);
+    });
+}
 
 // Of B and C, varying ones are staged per chunk as (CHUNK, n), constant ones per vector of channels as (n, LANES).
+// The factors come first, independent of each other; the recurrence then runs over them.
 template <int COUNT, bool CONSTANT_B, bool CONSTANT_C, bool BOUNDED>
-inline void sweep_tile(const Staged &staged, int64_t tokens, int64_t states, const float *B, const float *C,
+void sweep_tile(const Staged &staged, int64_t tokens, int64_t states, const float *B, const float *C,
                        const float *A, float *h) {
-    Vec a[COUNT], s[COUNT];
+    alignas(64) float factors[CHUNK * COUNT * LANES];
+    Vec s[COUNT];
     for (int j = 0; j < COUNT; ++j) {
-        a[j] = load(A + j * LANES);
+        decays<COUNT, BOUNDED>(staged.dt, tokens, load(A + j * LANES), factors + j * LANES);
         s[j] = load(h + j * LANES);
     }
     for (int64_t t = 0; t < tokens; ++t) {
-        const Vec dt = load(staged.dt + t * LANES), x = load(staged.weighted + t * LANES);
+        const Vec x = load(staged.weighted + t * LANES);
         Vec y = load(staged.y + t * LANES);
         for (int j = 0; j < COUNT; ++j) {
             const Vec b = CONSTANT_B ? load(B + j * LANES) : broadcast(B[t * states + j]);
+            s[j] = fma(load(factors + (t * COUNT + j) * LANES), s[j], x * b);
+        }
+        for (int j = 0; j < COUNT; ++j) {
             const Vec c = CONSTANT_C ? load(C + j * LANES) : broadcast(C[t * states + j]);
-            s[j] = fma(exp2<BOUNDED>(dt * a[j]), s[j], x * b);
             y = fma(s[j], c, y);
         }
         store(staged.y + t * LANES, y);
@@ -45,40 +61,63 @@ inline void sweep_tile(const Staged &staged, int64_t tokens, int64_t states, con
     for (int j = 0; j < COUNT; ++j) store(h + j * LANES, s[j]);
 }
 
-template <bool CONSTANT_B, bool CONSTANT_C, bool BOUNDED>
+// Sweep COUNT states with what is known of the size of dt * A'.
+template <int COUNT, bool CONSTANT_B, bool CONSTANT_C>
+inline void sweep_some(const Staged &staged, int64_t tokens, int64_t states, const float *B, const float *C,
+                       const float *A, float *h) {
+    Vec rate = magnitude(load(A));
+    for (int j = 1; j < COUNT; ++j) rate = larger_bits(rate, magnitude(load(A + j * LANES)));
+    const Vec most = rate * load(staged.reach);
+    if (all_at_most(most, broadcast(EXP2_BOUND))) {
+        sweep_tile<COUNT, CONSTANT_B, CONSTANT_C, true>(staged, tokens, states, B, C, A, h);
+    } else {
+        sweep_tile<COUNT, CONSTANT_B, CONSTANT_C, false>(staged, tokens, states, B, C, A, h);
+    }
+}
+
+template <bool CONSTANT_B, bool CONSTANT_C>
 void sweep(const Staged &staged, int64_t tokens, int64_t states, const float *B, const float *C, const float *A,
            float *h) {
     int64_t n = 0;
     const auto b = [&] { return B + (CONSTANT_B ? n * LANES : n); };
     const auto c = [&] { return C + (CONSTANT_C ? n * LANES : n); };
     for (; n + TILE <= states; n += TILE) {
-        sweep_tile<TILE, CONSTANT_B, CONSTANT_C, BOUNDED>(staged, tokens, states, b(), c(), A + n * LANES,
-                                                          h + n * LANES);
+        sweep_some<TILE, CONSTANT_B, CONSTANT_C>(staged, tokens, states, b(), c(), A + n * LANES, h + n * LANES);
     }
     for (; n < states; ++n) {
-        sweep_tile<1, CONSTANT_B, CONSTANT_C, BOUNDED>(staged, tokens, states, b(), c(), A + n * LANES, h + n * LANES);
+        sweep_some<1, CONSTANT_B, CONSTANT_C>(staged, tokens, states, b(), c(), A + n * LANES, h + n * LANES);
     }
 }
 
 using Sweep = void (*)(const Staged &, int64_t, int64_t, const float *, const float *, const float *, float *);
 
-template <bool BOUNDED>
 inline Sweep sweep_for(bool constant_b, bool constant_c) {
-    if (constant_b) return constant_c ? sweep<true, true, BOUNDED> : sweep<true, false, BOUNDED>;
-    return constant_c ? sweep<false, true, BOUNDED> : sweep<false, false, BOUNDED>;
+    if (constant_b) return constant_c ? sweep<true, true> : sweep<true, false>;
+    return constant_c ? sweep<false, true> : sweep<false, false>;
 }
 
-// Whether every |dt * A'| of a chunk and a vector of channels is small enough for the bounded exponential.
-inline bool is_bounded(const Staged &staged, const float *largest_rate) {
-    float products[LANES];
-    store(products, load(staged.reach) * load(largest_rate));
-    for (int i = 0; i < LANES; ++i) {
-        if (!(products[i] <= 126.0f)) return false;
-    }
-    return true;
+// Stage the tokens of a chunk, `step(t)` being delta before the softplus and `u(t)` the input.
+//
+// `skip`: D of these channels, or null.
+template <class Step, class Input>
+inline void stage_rows(int64_t tokens, const Vec *skip, bool positive, const Step &step, const Input &u,
+                       const Staged &to) {
+    Vec reach = broadcast(0.0f);
+    in_groups(tokens, [&](int64_t t, auto count) {
+        constexpr int n = decltype(count)::value;
+        Vec dt[n];
+        for (int i = 0; i < n; ++i) dt[i] = step(t + i);
+        if (positive) softplus_each<n>(dt);
+        for (int i = 0; i < n; ++i) {
+            const Vec x = u(t + i);
+            reach = larger_bits(reach, magnitude(dt[i]));
+            store(to.dt + (t + i) * LANES, dt[i]);
+            store(to.weighted + (t + i) * LANES, dt[i] * x);
+            store(to.y + (t + i) * LANES, skip ? *skip * x : broadcast(0.0f));
+        }
+    });
+    store(to.reach, reach);
 }
-
-constexpr float LOG2_E = 1.44269504088896341f;
 
 // Where one task works: a picture, a group, and channels of it counted from the first of all channels.
 struct Part {
@@ -89,159 +128,155 @@ struct Part {
 struct Sizes {
     int64_t batch, channels, length, states, groups, directions;
     int64_t group_channels() const { return channels / groups; }
+    int64_t chunks() const { return (length + CHUNK - 1) / CHUNK; }
 };
 
-// How the batch, the groups and slices of their channels are dealt out as tasks.
+// Tokens of a run, counted in the order of the direction.
+struct Span {
+    int64_t begin, end;
+};
+
+// How pictures, groups and slices of their channels are dealt out as tasks.
 struct Partition {
     const Sizes &sizes;
-    int64_t slices, blocks;  // slices of a group; vectors of channels of the largest slice
+    int64_t pictures, slices, blocks;  // slices of a group; vectors of channels of the largest slice
 
-    Partition(const Sizes &all, const Threads &threads) : sizes(all) {
+    Partition(const Sizes &all, int64_t batch, const Threads &threads) : sizes(all), pictures(batch) {
         const int64_t vectors = (all.group_channels() + LANES - 1) / LANES;
-        slices = slices_for(threads, all.batch * all.groups);
+        slices = slices_for(threads, batch * all.groups);
         if (slices > vectors) slices = vectors;
         blocks = (vectors + slices - 1) / slices;
     }
-    int64_t tasks() const { return sizes.batch * sizes.groups * slices; }
-    Part part(int64_t task) const {
+    int64_t tasks() const { return pictures * sizes.groups * slices; }
+    // `first_picture`: what the pictures are counted from.
+    Part part(int64_t task, int64_t first_picture) const {
         const int64_t slice = task % slices, group = task / slices % sizes.groups, k = sizes.group_channels();
         const int64_t first = slice * blocks * LANES, last = first + blocks * LANES;
-        return {task / slices / sizes.groups, group, group * k + (first < k ? first : k),
+        return {first_picture + task / slices / sizes.groups, group, group * k + (first < k ? first : k),
                 group * k + (last < k ? last : k)};
     }
 };
 
-// The states of one direction's task: A' and h as (block, n, LANES), the largest |A'| of each channel, B and C of a
-// chunk, staging space.
+// The states of one direction's task: A' and h as (block, n, LANES), B and C of a chunk, staging space.
 struct Workspace {
-    float *A, *h, *B, *C, *largest;
+    float *A, *h, *B, *C;
     Staged staged;
 
-    static int64_t floats(const Sizes &sizes, int64_t blocks) {
+    Workspace(Cursor &memory, const Sizes &sizes, int64_t blocks) {
         const int64_t projected = sizes.states * (CHUNK > LANES ? CHUNK : LANES);
-        return (2 * sizes.states + 1) * blocks * LANES + 2 * projected + (3 * CHUNK + 1) * LANES;
-    }
-    Workspace(float *memory, const Sizes &sizes, int64_t blocks) {
-        const int64_t projected = sizes.states * (CHUNK > LANES ? CHUNK : LANES);
-        A = memory;
-        h = A + blocks * sizes.states * LANES;
-        B = h + blocks * sizes.states * LANES;
-        C = B + projected;
-        staged.dt = C + projected;
-        staged.weighted = staged.dt + CHUNK * LANES;
-        staged.y = staged.weighted + CHUNK * LANES;
-        staged.reach = staged.y + CHUNK * LANES;
-        largest = staged.reach + LANES;
+        A = memory.take(blocks * sizes.states * LANES);
+        h = memory.take(blocks * sizes.states * LANES);
+        B = memory.take(projected);
+        C = memory.take(projected);
+        staged.dt = memory.take(CHUNK * LANES);
+        staged.weighted = memory.take(CHUNK * LANES);
+        staged.y = memory.take(CHUNK * LANES);
+        staged.reach = memory.take(LANES);
+        staged.tiles = memory.take(3 * CHUNK * LANES);
     }
 };
 
-// What a scan writes, beside y: the last state (b, d, n) and the states before each chunk (b, chunks, s, g, n, k).
+// What a scan writes, beside y: the last state (b, d, n), the states before each chunk (b, chunks, s, g, n, k), and the
+// states that the next run over the same channels starts from. Each may be null.
 struct Kept {
-    float *last, *borders;
+    float *last, *borders, *carried;
 };
 
-// Run one direction of one task.
+inline int lanes_at(int64_t d, int64_t last) { return static_cast<int>(last - d < LANES ? last - d : LANES); }
+
+// Run one direction of one task over a span that starts at a multiple of CHUNK.
 //
-// `source` offers: constant_b(), constant_c(); begin(part, spare) with memory of its own; A(d) the n rates of a channel, contiguous;
-//     stage_projections(part, start, tokens, B, C) for varying ones, or constants(d, lanes, B, C) for constant ones;
-//     stage(part, d, lanes, start, tokens, staged).
-// `finish(part, d, lanes, start, tokens, y)` takes the (tokens, LANES) outputs, in the order of the direction.
+// `source` offers: constant_b(), constant_c(); begin(part, spare) with memory of its own; A(d) the n rates of a
+//     channel, contiguous, and rates(v) of what is stored there; stage_projections(part, start, tokens, B, C) for
+//     varying ones, or constants(d, lanes, B, C) for constant ones; stage(part, d, lanes, start, tokens, staged).
+// `finish(part, d, lanes, start, tokens, y, tiles)` takes the (tokens, LANES) outputs, in the order of the direction.
 template <class Source, class Finish>
-void scan_part(Source &source, const Sizes &sizes, const Part &part, int64_t direction, const Workspace &work,
-               const Kept &kept, float *spare, const Finish &finish) {
-    const int64_t n = sizes.states, k = sizes.group_channels(), chunks = (sizes.length + CHUNK - 1) / CHUNK;
+void scan_part(Source &source, const Sizes &sizes, const Part &part, int64_t direction, Span span,
+               const Workspace &work, const Kept &kept, float *spare, const Finish &finish) {
+    const int64_t n = sizes.states, k = sizes.group_channels(), state_floats = n * LANES;
     const bool constant_b = source.constant_b(), constant_c = source.constant_c();
-    const Sweep bounded = sweep_for<true>(constant_b, constant_c), full = sweep_for<false>(constant_b, constant_c);
+    const Sweep run = sweep_for(constant_b, constant_c);
     source.begin(part, spare);
     for (int64_t d = part.first, block = 0; d < part.last; d += LANES, ++block) {
-        const int lanes = static_cast<int>(part.last - d < LANES ? part.last - d : LANES);
-        Vec largest = broadcast(0.0f);
+        float *A = work.A + block * state_floats, *h = work.h + block * state_floats;
+        gather(source.A(d), n, 1, lanes_at(d, part.last), n, A);
         for (int64_t j = 0; j < n; ++j) {
-            const Vec rates = source.rates(load_lanes(source.A(d) + j, n, lanes)) * broadcast(LOG2_E);
-            store(work.A + (block * n + j) * LANES, rates);
-            store(work.h + (block * n + j) * LANES, broadcast(0.0f));
-            largest = larger(largest, magnitude(rates));
+            store(A + j * LANES, source.rates(load(A + j * LANES)) * broadcast(LOG2_E));
+            store(h + j * LANES, broadcast(0.0f));
         }
-        store(work.largest + block * LANES, largest);
     }
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const int64_t start = chunk * CHUNK;
-        const int64_t tokens = sizes.length - start < CHUNK ? sizes.length - start : CHUNK;
+    float *carried = nullptr;
+    if (kept.carried) {
+        const int64_t vectors = (sizes.channels + LANES - 1) / LANES;
+        const int64_t first = (part.batch * sizes.directions + direction) * vectors + part.first / LANES;
+        carried = kept.carried + first * state_floats;
+    }
+    const int64_t held = (part.last - part.first + LANES - 1) / LANES * state_floats * static_cast<int64_t>(sizeof(float));
+    if (carried && span.begin) memcpy(work.h, carried, static_cast<size_t>(held));
+
+    for (int64_t start = span.begin; start < span.end; start += CHUNK) {
+        const int64_t tokens = span.end - start < CHUNK ? span.end - start : CHUNK;
         source.stage_projections(part, start, tokens, constant_b ? nullptr : work.B, constant_c ? nullptr : work.C);
         for (int64_t d = part.first, block = 0; d < part.last; d += LANES, ++block) {
-            const int lanes = static_cast<int>(part.last - d < LANES ? part.last - d : LANES);
-            float *h = work.h + block * n * LANES;
+            const int lanes = lanes_at(d, part.last);
+            float *h = work.h + block * state_floats;
             if (kept.borders) {
-                const int64_t border = ((part.batch * chunks + chunk) * sizes.directions + direction) * sizes.groups;
-                float *before = kept.borders + (border + part.group) * n * k + d - part.group * k;
+                const int64_t chunk = part.batch * sizes.chunks() + start / CHUNK;
+                const int64_t border = (chunk * sizes.directions + direction) * sizes.groups + part.group;
+                float *before = kept.borders + border * n * k + d - part.group * k;
                 for (int64_t j = 0; j < n; ++j) store_lanes(before + j * k, 1, lanes, load(h + j * LANES));
             }
             source.constants(d, lanes, constant_b ? work.B : nullptr, constant_c ? work.C : nullptr);
             source.stage(part, d, lanes, start, tokens, work.staged);
-            const Sweep run = is_bounded(work.staged, work.largest + block * LANES) ? bounded : full;
-            run(work.staged, tokens, n, work.B, work.C, work.A + block * n * LANES, h);
-            finish(part, d, lanes, start, tokens, work.staged.y);
+            run(work.staged, tokens, n, work.B, work.C, work.A + block * state_floats, h);
+            finish(part, d, lanes, start, tokens, work.staged.y, work.staged.tiles);
         }
     }
+    if (carried) memcpy(carried, work.h, static_cast<size_t>(held));
     if (kept.last == nullptr || direction != 0) return;
     for (int64_t d = part.first, block = 0; d < part.last; d += LANES, ++block) {
-        const int lanes = static_cast<int>(part.last - d < LANES ? part.last - d : LANES);
-        for (int64_t j = 0; j < n; ++j) {
-            float *state = kept.last + (part.batch * sizes.channels + d) * n + j;
-            store_lanes(state, n, lanes, load(work.h + (block * n + j) * LANES));
-        }
+        float *state = kept.last + (part.batch * sizes.channels + d) * n;
+        scatter(work.h + block * state_floats, lanes_at(d, part.last), n, state, n, 1);
     }
 }
 
-// The gate, the output, and the sum over directions: the first direction writes, the last one adds, scales and gates.
+// The gate, the output, and the sum over directions: the first visit of a token writes, the last one adds, scales and
+// gates.
 template <class T>
 struct Output {
     Sequence<T> out;
-    Sequence<const T> z;   // data may be null: no gate
-    Sequence<float> sum;   // where directions meet; the same memory as `out` where that is in fp32
-    int64_t length, directions;
+    Sequence<const T> z;  // data may be null: no gate
+    Sequence<float> sum;  // where directions meet; the same memory as `out` where that is in fp32
+    int64_t length;
     float scale;
 
-    // `reverse`: the tokens of y run from the end.
-    void take(const Part &part, int64_t direction, bool reverse, int64_t d, int lanes, int64_t start, int64_t tokens,
-              const float *y) const {
-        const bool dense = lanes == LANES && out.channel == 1 && sum.channel == 1 && (!z.data || z.channel == 1);
-        if (dense) {
-            take_rows<true>(part, direction, reverse, d, lanes, start, tokens, y);
-        } else {
-            take_rows<false>(part, direction, reverse, d, lanes, start, tokens, y);
-        }
-    }
-
-    template <bool DENSE>
-    void take_rows(const Part &part, int64_t direction, bool reverse, int64_t d, int lanes, int64_t start,
-                   int64_t tokens, const float *y) const {
+    // `reverse`: the tokens of y run from the end. y is overwritten.
+    void take(const Part &part, bool reverse, bool first, bool last, int d_lanes, int64_t d, int64_t start,
+              int64_t tokens, float *y, float *tiles) const {
         const int64_t t = reverse ? length - 1 - start : start, way = reverse ? -1 : 1;
         float *partial = sum.at(part.batch, d, t);
-        const int64_t partial_step = way * sum.token, partial_lane = sum.channel;
-        const bool add = direction != 0;
-        if (direction != directions - 1) {
-            for (int64_t i = 0; i < tokens; ++i, partial += partial_step, y += LANES) {
-                const Vec value = load(y);
-                const float *before = partial;
-                store_row<DENSE>(partial, partial_lane, lanes,
-                                 add ? value + load_row<DENSE>(before, partial_lane, lanes) : value);
-            }
-            return;
+        if (!first) {
+            const Rows before = rows_of(partial, sum.channel, way * sum.token, d_lanes, tokens, tiles);
+            for (int64_t i = 0; i < tokens; ++i) store(y + i * LANES, load(y + i * LANES) + before[i]);
         }
-        T *to = out.at(part.batch, d, t);
-        const T *gate = z.data ? z.at(part.batch, d, t) : nullptr;
-        const int64_t to_step = way * out.token, to_lane = out.channel, gate_step = way * z.token, gate_lane = z.channel;
+        if (!last) return scatter(y, d_lanes, tokens, partial, sum.channel, way * sum.token);
+        const Target<T> target{out.at(part.batch, d, t), out.channel, way * out.token, d_lanes, y};
+        float *to = target.rows();
+        const int64_t step = target.step();
         const Vec factor = broadcast(scale);
-        for (int64_t i = 0; i < tokens; ++i, partial += partial_step, to += to_step, y += LANES) {
-            Vec value = load(y);
-            if (add) value = value + load_row<DENSE>(static_cast<const float *>(partial), partial_lane, lanes);
-            if (gate) {
-                value = value * silu(load_row<DENSE>(gate, gate_lane, lanes));
-                gate += gate_step;
-            }
-            store_row<DENSE>(to, to_lane, lanes, value * factor);
+        if (z.data) {
+            const Rows gate = rows_of(z.at(part.batch, d, t), z.channel, way * z.token, d_lanes, tokens, tiles);
+            in_groups(tokens, [&](int64_t i, auto count) {
+                constexpr int n = decltype(count)::value;
+                Vec x[n];
+                for (int j = 0; j < n; ++j) x[j] = gate[i + j];
+                silu_each<n>(x);
+                for (int j = 0; j < n; ++j) store(to + (i + j) * step, load(y + (i + j) * LANES) * factor * x[j]);
+            });
+        } else {
+            for (int64_t i = 0; i < tokens; ++i) store(to + i * step, load(y + i * LANES) * factor);
         }
+        target.written(tokens);
     }
 };
 
@@ -277,60 +312,49 @@ struct Given {
         if (C) stage_projection(C_data, C_strides, part, start, tokens, C);
     }
     void constants(int64_t d, int lanes, float *B, float *C) const {
-        for (int64_t j = 0; j < states; ++j) {
-            if (B) store(B + j * LANES, load_lanes(B_data + d * B_strides[0] + j * B_strides[2], B_strides[0], lanes));
-            if (C) store(C + j * LANES, load_lanes(C_data + d * C_strides[0] + j * C_strides[2], C_strides[0], lanes));
-        }
+        if (B) gather(B_data + d * B_strides[0], B_strides[0], B_strides[2], lanes, states, B);
+        if (C) gather(C_data + d * C_strides[0], C_strides[0], C_strides[2], lanes, states, C);
     }
-    void stage(const Part &part, int64_t d, int lanes, int64_t start, int64_t tokens, const Staged &staged) const {
-        if (lanes == LANES && u.channel == 1 && delta.channel == 1) {
-            stage_rows<true>(part, d, lanes, start, tokens, staged);
-        } else {
-            stage_rows<false>(part, d, lanes, start, tokens, staged);
-        }
-    }
-
-    template <bool DENSE>
-    void stage_rows(const Part &part, int64_t d, int lanes, int64_t start, int64_t tokens, Staged to) const {
+    void stage(const Part &part, int64_t d, int lanes, int64_t start, int64_t tokens, const Staged &to) const {
         const Vec shift = bias ? load_lanes(bias + d, 1, lanes) : broadcast(0.0f);
         const Vec skip = D ? load_lanes(D + d, 1, lanes) : broadcast(0.0f);
         const int64_t t = reverse ? length - 1 - start : start, way = reverse ? -1 : 1;
-        const T *x = u.at(part.batch, d, t), *step = delta.at(part.batch, d, t);
-        const int64_t x_step = way * u.token, x_lane = u.channel, step_step = way * delta.token;
-        const int64_t step_lane = delta.channel;
-        const bool positive = softplus_steps, skips = D != nullptr;
-        Vec reach = broadcast(0.0f);
-        for (int64_t i = 0; i < tokens; ++i, x += x_step, step += step_step) {
-            const Vec value = load_row<DENSE>(x, x_lane, lanes);
-            Vec dt = load_row<DENSE>(step, step_lane, lanes) + shift;
-            if (positive) dt = softplus(dt);
-            reach = larger(reach, magnitude(dt));
-            store(to.dt + i * LANES, dt);
-            store(to.weighted + i * LANES, dt * value);
-            store(to.y + i * LANES, skips ? skip * value : broadcast(0.0f));
-        }
-        store(to.reach, reach);
+        const Rows x = rows_of(u.at(part.batch, d, t), u.channel, way * u.token, lanes, tokens, to.tiles);
+        const Rows steps = rows_of(delta.at(part.batch, d, t), delta.channel, way * delta.token, lanes, tokens,
+                                   to.tiles + CHUNK * LANES);
+        stage_rows(tokens, D ? &skip : nullptr, softplus_steps, [&](int64_t i) { return steps[i] + shift; },
+                   [&](int64_t i) { return x[i]; }, to);
     }
 };
 
-// Run all directions of a scan: `sources` has one for each, and each may use `spare(blocks)` floats a thread.
-template <class T, class Source>
-int scan(Source *sources, const Sizes &sizes, const Output<T> &output, const Kept &kept, const Threads &threads) {
-    const Partition partition(sizes, threads);
-    const int64_t used = Workspace::floats(sizes, partition.blocks);
-    const int64_t floats = (used + sources[0].spare(partition.blocks) + 15) / 16 * 16;
+// What each worker of a scan needs, its `source` having `spare(blocks)` floats of its own.
+template <class Source>
+struct ScanMemory {
+    Workspace work;
+    float *spare;
+
+    ScanMemory(Cursor memory, const Sizes &sizes, int64_t blocks, const Source &source)
+        : work(memory, sizes, blocks), spare(memory.take(source.spare(blocks))), floats(memory.used) {}
+    int64_t floats;
+};
+
+// Run all directions of a scan: `sources` has one for each.
+template <class T>
+int scan(const Given<T> *sources, const Sizes &sizes, const Output<T> &output, const Kept &kept,
+         const Threads &threads) {
+    const Partition partition(sizes, sizes.batch, threads);
+    const int64_t floats = ScanMemory<Given<T>>({nullptr}, sizes, partition.blocks, sources[0]).floats;
     const Memory memory(floats * threads.count);
     if (memory.data() == nullptr) return OUT_OF_MEMORY;
     for_each_task(threads, partition.tasks(), [&](int64_t task, int64_t worker) {
-        const Part part = partition.part(task);
-        float *own = memory.data() + worker * floats;
-        const Workspace work(own, sizes, partition.blocks);
+        const Part part = partition.part(task, 0);
+        const ScanMemory<Given<T>> own({memory.data() + worker * floats}, sizes, partition.blocks, sources[0]);
         for (int64_t s = 0; s < sizes.directions; ++s) {
-            Source source = sources[s];
-            const bool reverse = source.reverse;
-            scan_part(source, sizes, part, s, work, kept, own + used,
-                      [&](const Part &p, int64_t d, int lanes, int64_t start, int64_t tokens, const float *y) {
-                          output.take(p, s, reverse, d, lanes, start, tokens, y);
+            Given<T> source = sources[s];
+            scan_part(source, sizes, part, s, Span{0, sizes.length}, own.work, kept, own.spare,
+                      [&](const Part &p, int64_t d, int lanes, int64_t start, int64_t tokens, float *y, float *tiles) {
+                          output.take(p, source.reverse, s == 0, s == sizes.directions - 1, lanes, d, start, tokens, y,
+                                      tiles);
                       });
         }
     });

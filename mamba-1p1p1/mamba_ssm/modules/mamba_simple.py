@@ -9,12 +9,13 @@ edition of `mamba_ssm` 1.1.1; its checkpoints load strictly.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.ops.mamba_inner import (
@@ -25,8 +26,10 @@ from mamba_ssm.ops.mamba_inner import (
     mamba_inner_fn,
 )
 from mamba_ssm.ops.norm import RMSNorm, layer_norm_fn, rms_norm_fn
-from mamba_ssm.ops.selective_scan import selective_scan_fn
+from mamba_ssm.ops.selective_scan import FAMILY, selective_scan_fn
 from mamba_ssm.ops.selective_state_update import selective_state_update
+
+AT_ONCE_NUMBERS = 2**19  # of b * l * m: the largest input of the op that runs whole blocks
 
 
 class Mamba(nn.Module):
@@ -138,6 +141,11 @@ class Mamba(nn.Module):
                 bidirectional_inner(xz, self._direction(""), self._direction("_b"), scale).transpose(1, 2)
             )
         return out if self.init_layer_scale is None else out * self.gamma
+
+    @property
+    def _scale(self) -> float:
+        """What the sum of both directions is multiplied with."""
+        return 0.5 if self.if_divide_out else 1.0
 
     def _inner_input(self, hidden_states: Tensor) -> Tensor:
         """(b, l, m) as xz (b, 2 e, l), channels contiguous: no copy."""
@@ -282,6 +290,8 @@ def _known_type(bimamba_type: str | None) -> str:
 
 
 def _at_least_fp32(parameter: Tensor) -> Tensor:
+    if parameter.dtype in (torch.float32, torch.float64):
+        return parameter
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
@@ -345,6 +355,10 @@ class Block(nn.Module):
         self, hidden_states: Tensor, residual: Tensor | None = None, inference_params: Any = None
     ) -> tuple[Tensor, Tensor]:
         """(b, l, m) and the residual stream before it (None for the first block); returns both after this block."""
+        if inference_params is None and _serves_at_once(hidden_states, residual):
+            parameters = _plain_parameters(self)
+            if parameters is not None:
+                return _run_at_once(self, hidden_states, residual, parameters)
         branch = hidden_states if residual is None else self.drop_path(hidden_states)
         normed, residual = add_and_norm(self.norm, branch, residual, self.residual_in_fp32)
         return self.mixer(normed, inference_params=inference_params), residual
@@ -355,6 +369,95 @@ class Block(nn.Module):
         """The mixer's states; see `Mamba.allocate_inference_cache`."""
         mixer: Any = self.mixer
         return mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
+
+
+def run_blocks(blocks: Iterable[nn.Module], hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Call blocks one after the other: each run of them that one compiled op can serve in one call.
+
+    That is inference of plain "v2" blocks of the same sizes on a CPU in fp32, up to `AT_ONCE_NUMBERS`: there calls cost
+    as much as arithmetic, and the inner tensors stay in the cache.
+    """
+    waiting: list[Tensor | None] = []
+    first: nn.Module | None = None
+    for block in blocks:
+        parameters = _plain_parameters(block) if _serves_at_once(hidden, residual) else None
+        if first is not None and (parameters is None or _sizes(block) != _sizes(first)):
+            hidden, residual = _run_at_once(first, hidden, residual, waiting)
+            first, waiting = None, []
+        if parameters is None:
+            hidden, residual = block(hidden, residual)
+        else:
+            first = first or block
+            waiting += parameters
+    return (hidden, residual) if first is None else _run_at_once(first, hidden, residual, waiting)
+
+
+def _serves_at_once(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether `mamba_ssm::bidirectional_blocks` serves such tokens now."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    if x.device.type != "cpu" or x.dtype is not torch.float32 or x.numel() > AT_ONCE_NUMBERS:
+        return False
+    if _global_forward_hooks or _global_forward_pre_hooks or torch.jit.is_tracing():
+        return False
+    narrow = residual is not None and residual.dtype is not torch.float32
+    return not narrow and FAMILY.backend_for("bidirectional_blocks", "cpu") == "native"
+
+
+_LINEARS = ("in_proj", "out_proj", "x_proj", "dt_proj", "x_proj_b", "dt_proj_b")
+
+
+def _plain_parameters(block: nn.Module) -> tuple[Tensor | None, ...] | None:
+    """What `bidirectional_blocks` takes of a block; None if it is more than a plain "v2" block.
+
+    Nobody may have hooked or replaced a module whose call the op leaves out. Read straight from the modules'
+    dictionaries: a model has 500 parameters.
+    """
+    if type(block) is not Block or block.training or _is_altered(block):
+        return None
+    mixer, norm = block._modules["mixer"], block._modules["norm"]
+    if type(mixer) is not Mamba or mixer.bimamba_type != "v2" or mixer.init_layer_scale is not None:
+        return None
+    if type(norm) is not RMSNorm and not (type(norm) is nn.LayerNorm and norm.elementwise_affine):
+        return None
+    parts, own = mixer._modules, mixer._parameters
+    linears = [parts[name] for name in _LINEARS]
+    convolutions = [parts["conv1d"], parts["conv1d_b"]]
+    if any(type(part) is not nn.Linear for part in linears) or any(
+        type(part) is not nn.Conv1d for part in convolutions
+    ):
+        return None
+    if _is_altered(mixer) or _is_altered(linears[0]) or _is_altered(linears[1]):
+        return None
+    (in_proj, out_proj, x_proj, dt_proj, x_proj_b, dt_proj_b), (conv, conv_b) = (
+        [part._parameters for part in group if part is not None] for group in (linears, convolutions)
+    )
+    outer = norm._parameters
+    return (
+        outer["weight"], outer["bias"], in_proj["weight"], in_proj["bias"], out_proj["weight"], out_proj["bias"],
+        conv["weight"], conv["bias"], x_proj["weight"], dt_proj["weight"], own["A_log"], own["D"], dt_proj["bias"],
+        conv_b["weight"], conv_b["bias"], x_proj_b["weight"], dt_proj_b["weight"], own["A_b_log"], own["D_b"],
+        dt_proj_b["bias"],
+    )  # fmt: skip
+
+
+def _is_altered(module: nn.Module | None) -> bool:
+    return module is None or bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _sizes(block: nn.Module) -> tuple[Any, ...]:
+    """What blocks must share to be run by one op."""
+    mixer: Any = block.mixer
+    norm: Any = block.norm
+    return type(norm), norm.eps, mixer._scale, mixer.d_inner, mixer.d_state, mixer.d_conv, mixer.dt_rank
+
+
+def _run_at_once(
+    first: nn.Module, hidden: Tensor, residual: Tensor | None, parameters: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    rms, eps, scale, *_ = _sizes(first)
+    out, total = torch.ops.mamba_ssm.bidirectional_blocks(hidden, residual, parameters, eps, rms is RMSNorm, scale)
+    return out, total
 
 
 def add_and_norm(

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from causal_conv1d.reference import conv1d_reference
 from mamba_ssm.ops import selective_scan_native as native
+from mamba_ssm.ops.norm import layer_norm_fn
 from mamba_ssm.ops.reference import scan_reference
 from mamba_ssm.ops.selective_scan import FAMILY, bidirectional_scan, selective_scan_fn
 
@@ -40,13 +41,41 @@ _ONE = "Tensor conv1d_weight{0}, Tensor? conv1d_bias{0}, Tensor x_proj_weight{0}
 _ONE += "Tensor A_log{0}, Tensor? D{0}, Tensor? delta_bias{0}"
 LIBRARY = torch.library.Library("mamba_ssm", "FRAGMENT")
 LIBRARY.define(f"bidirectional_inner(Tensor xz, {_ONE.format('')}, {_ONE.format('_b')}, float scale) -> Tensor")
+LIBRARY.define(
+    "bidirectional_blocks(Tensor x, Tensor? residual, Tensor?[] parameters, float eps, bool rms, float scale)"
+    " -> (Tensor out, Tensor residual)"
+)
 
 
-def _run_inner(xz: Tensor, *arguments: Any) -> Tensor:
-    return FAMILY.choose("bidirectional_inner", xz.device.type)(xz, *arguments)
+def _call(op: str) -> Callable[..., Any]:
+    """The implementation of an op: whatever kernel `FAMILY` chooses for its first argument's device."""
+
+    def run(first: Tensor, *args: Any) -> Any:
+        return FAMILY.choose(op, first.device.type)(first, *args)
+
+    return run
 
 
-LIBRARY.impl("bidirectional_inner", _run_inner, "CompositeExplicitAutograd")
+for _op in ("bidirectional_inner", "bidirectional_blocks"):
+    LIBRARY.impl(_op, _call(_op), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mamba_ssm::bidirectional_blocks", lib=LIBRARY)
+def _blocks_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))  # type: ignore[return-value]
+
+
+@FAMILY.kernel("torch", "bidirectional_blocks")
+def _blocks_torch(
+    x: Tensor, residual: Tensor | None, parameters: list[Tensor | None], eps: float, rms: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    for first in range(0, len(parameters), native.PER_BLOCK):
+        own: list[Any] = parameters[first : first + native.PER_BLOCK]
+        normed, total = layer_norm_fn(x, own[0], own[1], residual, eps=eps, prenorm=True, is_rms_norm=rms)
+        y = _inner_torch(F.linear(normed, own[2], own[3]).transpose(1, 2), *own[6:], scale)
+        x, residual = F.linear(y.transpose(1, 2), own[4], own[5]), total.clone() if total is x else total
+    assert residual is not None
+    return x, residual
 
 
 @torch.library.register_fake("mamba_ssm::bidirectional_inner", lib=LIBRARY)
@@ -64,6 +93,7 @@ def _inner_torch(xz: Tensor, *arguments: Any) -> Tensor:
 
 
 FAMILY.native_kernel("bidirectional_inner", native.bidirectional_inner)
+FAMILY.native_kernel("bidirectional_blocks", native.bidirectional_blocks)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool = False) -> Tensor:

@@ -2,7 +2,8 @@
 
 Glossary: x a branch's output, residual the sum of the branches before, s their sum, n features (last axis).
 Everything runs in at least fp32 (fp64 stays fp64), and the unrounded s is what is normalised, also where the
-stored residual is rounded to fp16 or bf16. Gradients come from autograd, on every device and when compiled.
+stored residual is rounded to fp16 or bf16. Gradients come from autograd, on every device and when compiled. On a CPU,
+where no gradient is asked for, one compiled kernel does it all.
 
 Source: Layer normalisation, arXiv 1607.06450; RMS normalisation, arXiv 1910.07467.
 """
@@ -15,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from mamba_ssm.ops import norm_native
+from mamba_ssm.ops.selective_scan import FAMILY
 
 __all__ = [
     "LayerNormFn",
@@ -29,6 +33,46 @@ __all__ = [
 ]
 
 MAX_THREADS_PER_BLOCK = 1024
+
+LIBRARY = torch.library.Library("mamba_ssm", "FRAGMENT")
+LIBRARY.define(
+    "add_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool rms, ScalarType? stored)"
+    " -> (Tensor y, Tensor s)"
+)
+
+
+def _run_add_norm(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    y, s = FAMILY.choose("add_norm", x.device.type)(x, *arguments)
+    return y, s
+
+
+LIBRARY.impl("add_norm", _run_add_norm, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mamba_ssm::add_norm", lib=LIBRARY)
+def _add_norm_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    stored = arguments[-1]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(0) if stored is None else torch.empty_like(y, dtype=stored)
+
+
+@FAMILY.kernel("torch", "add_norm")
+def _add_norm_torch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    stored: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    total = _add_branches(x, residual, None, None, None, None, 0.0)
+    y = (_rms_norm if rms else _layer_norm)(total, weight, bias, eps).to(x.dtype)
+    s = x.new_empty(0) if stored is None else total.to(stored)
+    return y, s.clone() if s is x or s is residual else s
+
+
+FAMILY.native_kernel("add_norm", norm_native.add_norm)
 
 
 def layer_norm_fn(
@@ -78,6 +122,13 @@ def layer_norm_fn(
     Computes in at least fp32. Definitions: `layer_norm_ref`, `rms_norm_ref`.
     """
     _check_arguments(x, weight, bias, residual, x1, weight1, bias1, dropout_p, rowscale)
+    plain = x1 is None and weight1 is None and rowscale is None and dropout_p == 0.0 and not return_dropout_mask
+    if plain and _fused(x, residual, weight, bias):
+        stored = None
+        if prenorm and (residual is not None or (residual_in_fp32 and x.dtype != torch.float32)):
+            stored = torch.float32 if residual is None else residual.dtype
+        y, s = torch.ops.mamba_ssm.add_norm(x, residual, weight, bias, eps, is_rms_norm, stored)
+        return (y, x if stored is None else s) if prenorm else y
     mask = mask1 = None
     if dropout_p > 0.0:
         mask = _draw_mask(x, dropout_p)
@@ -313,6 +364,18 @@ def config_prune(configs: Iterable[Any]) -> list[Any]:
     if torch.cuda.is_available():
         warp_size = getattr(torch.cuda.get_device_properties(0), "warp_size", warp_size)
     return [config for config in configs if config.num_warps * warp_size <= MAX_THREADS_PER_BLOCK]
+
+
+def _fused(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `mamba_ssm::add_norm` runs this call: where its compiled kernel can, and no gradient is asked for.
+
+    A compiler fuses the plain operations by itself.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not norm_native.runs(x, residual, weight, bias):
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias)):
+        return False
+    return FAMILY.backend_for("add_norm", "cpu") == "native"
 
 
 def _rms_norm(s: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

@@ -9,6 +9,7 @@ complex numbers. fp16 is computed in fp32, bf16 is read and written as it is; st
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def scan(
     call = Call(torch.bfloat16 if narrow else torch.float32)
     batch, channels, length = first.u.shape
     states, groups = first.A.shape[1], first.groups
-    out = torch.empty_like(first.u, dtype=call.dtype)
+    out = _empty_like(first.u, call.dtype)
     last = torch.empty((batch, channels, states), dtype=torch.float32)
     chunks = (length + CHUNK - 1) // CHUNK
     shape = (batch, chunks, len(directions), groups, states, channels // groups) if keep_states else (0,)
@@ -55,6 +56,10 @@ def scan(
         call.parameter(direction.D).parameter(direction.delta_bias).integers(softplus, direction.reverse)
     call.run(LIBRARY, "selective_scan")
     return out.to(first.u.dtype), last, borders
+
+
+def _empty_like(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(value, dtype=dtype)
 
 
 def _output(call: Call, out: Tensor, z: Tensor | None, directions: int, scale: float) -> None:
@@ -74,32 +79,68 @@ def _projection(call: Call, value: Tensor) -> None:
         call.integers(converted.data_ptr(), channel, 0, state, 0, True)
 
 
-def bidirectional_inner(xz: Tensor, *arguments: Tensor | float | None) -> Tensor | None:
+PER_DIRECTION = 7  # parameters of one direction of a block
+PER_BLOCK = 6 + 2 * PER_DIRECTION  # and of a block: norm, input and output projection, both directions
+
+
+def bidirectional_inner(xz: Tensor, *arguments: Any) -> Tensor | None:
     """The op `mamba_ssm::bidirectional_inner`."""
     *parameters, scale = arguments
-    directions = [parameters[:7], parameters[7:]]
-    if torch.float64 in {value.dtype for value in (xz, *parameters) if isinstance(value, Tensor)}:
+    if _any_wide(xz, *parameters):
         return None
     batch, doubled, length = xz.shape
     channels = doubled // 2
     call = Call(torch.bfloat16 if xz.dtype == torch.bfloat16 else torch.float32)
     x, z = call.converted(xz).chunk(2, dim=1)
-    conv_weight, dt_proj, A_log = parameters[0], parameters[3], parameters[4]
-    assert isinstance(conv_weight, Tensor)
-    assert isinstance(dt_proj, Tensor)
-    assert isinstance(A_log, Tensor)
-    states, rank = A_log.shape[1], dt_proj.shape[1]
     out = torch.empty((batch, length, channels), dtype=call.dtype).transpose(1, 2)
-    projected = torch.empty((2, batch, length, rank + 2 * states), dtype=torch.float32)
-
-    call.integers(batch, channels, length, states, 1, 2)
-    assert isinstance(scale, float)
+    call.integers(batch, channels, length, _states(parameters), 1, 2)
     _output(call, out, z, 2, scale)
-    call.sequence(x).integers(conv_weight.shape[-1], rank)
-    for index, direction in enumerate(directions):
-        for value in direction:
-            assert value is None or isinstance(value, Tensor)
-            call.parameter(value)
-        call.address(projected[index]).integers(index == 1)
+    call.sequence(x).integers(*_width_and_rank(parameters))
+    _both_directions(call, parameters)
     call.run(LIBRARY, "bidirectional_inner")
     return out.to(xz.dtype)
+
+
+def bidirectional_blocks(
+    x: Tensor, residual: Tensor | None, parameters: list[Tensor | None], eps: float, rms: bool, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """The op `mamba_ssm::bidirectional_blocks`: fp32 only."""
+    if x.dtype is not torch.float32 or (residual is not None and residual.dtype is not torch.float32):
+        return None
+    if _any_wide(*parameters):
+        return None
+    x = x.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    batch, length, features = x.shape
+    first: list[Any] = parameters[:PER_BLOCK]
+    call = Call(x.dtype)
+    call.integers(batch, first[4].shape[1], length, _states(first[6:]), 1, 2)
+    call.address(x).address(residual).address(out).address(total).integers(features).number(eps).integers(rms)
+    call.number(scale).integers(*_width_and_rank(first[6:]), len(parameters) // PER_BLOCK)
+    for start in range(0, len(parameters), PER_BLOCK):
+        for value in parameters[start : start + 6]:
+            call.parameter(value)
+        _both_directions(call, parameters[start + 6 : start + PER_BLOCK])
+    call.run(LIBRARY, "bidirectional_blocks")
+    return out, total
+
+
+def _any_wide(*values: Any) -> bool:
+    return any(value is not None and value.dtype is torch.float64 for value in values)
+
+
+def _states(parameters: Sequence[Any]) -> int:
+    return parameters[4].shape[1]
+
+
+def _width_and_rank(parameters: Sequence[Any]) -> tuple[int, int]:
+    return parameters[0].shape[-1], parameters[3].shape[1]
+
+
+def _both_directions(call: Call, parameters: Sequence[Any]) -> None:
+    """The parameters of each direction, and whether it is reversed."""
+    for reverse in (False, True):
+        for value in parameters[reverse * PER_DIRECTION : (reverse + 1) * PER_DIRECTION]:
+            call.parameter(value)
+        call.integers(reverse)

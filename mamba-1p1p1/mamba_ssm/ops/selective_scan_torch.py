@@ -16,12 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from causal_conv1d.backend.memory import keep_freed_memory
 from mamba_ssm.ops.reference import scan_dtype
 
 CHUNK = 32  # tokens between kept states; with SLICE it keeps the buffers near the size of a core's cache
@@ -70,17 +70,6 @@ class Gradients:
     C: Tensor
     D: Tensor | None
     delta_bias: Tensor | None
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Have the C library keep freed memory for the next call instead of giving it back to the system.
-
-    glibc gives back what is freed above a threshold, so every layer would page its buffers in anew: up to 18,000 page
-    faults, and half of the time, for Vim-Tiny at 224 px. The threshold rises with the largest block that was ever
-    mapped and freed, up to 32 MB; one such block, never touched, settles it. Harmless with any other allocator.
-    """
-    torch.empty(30 << 20, dtype=torch.uint8)
 
 
 class Stage:
