@@ -162,6 +162,8 @@ def _conv1d_update(
 
 
 FAMILY.native_kernel("conv1d", conv1d_native.conv1d)
+FAMILY.native_kernel("conv1d_backward", conv1d_native.conv1d_backward)
+FAMILY.native_kernel("conv1d_update", conv1d_native.conv1d_update)
 
 # --- public functions -----------------------------------------------------------------------------------------------
 

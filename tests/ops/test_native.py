@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from causal_conv1d import backend as backends
-from causal_conv1d import causal_conv1d_fn
+from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from causal_conv1d.backend import use_backend
 from causal_conv1d.backend.native import Library
 from mamba_ssm.modules import mamba_simple
@@ -306,6 +306,72 @@ def test_blocks_are_one_op_of_its_schema() -> None:
     torch.library.opcheck(torch.ops.mamba_ssm.bidirectional_blocks, (*arguments, 1e-5, True, 0.5))
 
 
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def scan_arguments(batch: int, channels: int, length: int, states: int, groups: int = 1) -> list[Tensor]:
+    """u, delta, A, B, C, D, delta_bias, z."""
+    u, delta, z = torch.randn(3, batch, length, channels).transpose(2, 3).unbind()
+    B, C = torch.randn(2, batch, length, groups, states).permute(0, 1, 3, 4, 2).unbind()
+    return [u, delta - 3, -torch.rand(channels, states), B, C, torch.randn(channels), torch.randn(channels), z]
+
+
+def gradients(op: Any, *arguments: Any) -> list[Tensor]:
+    """Those of all tensors among the arguments, for a random gradient of the first result."""
+    leaves = [a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+    out = op(*leaves)
+    out = out if isinstance(out, Tensor) else out[0]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return list(torch.autograd.grad(out, tensors, torch.linspace(-1, 2, out.numel()).view(out.shape)))
+
+
+CASES_OF_GRADIENTS = {
+    "scan": lambda: (torch.ops.mamba_ssm.selective_scan, *scan_arguments(2, 150, 70, 5, 2), True, True, True),
+    "both scans": lambda: (
+        torch.ops.mamba_ssm.bidirectional_scan,
+        *scan_arguments(2, 130, 70, 16)[:-1],
+        *scan_arguments(2, 130, 70, 16),
+        True,
+        True,
+    ),
+    "conv": lambda: (
+        torch.ops.causal_conv1d.conv1d,
+        torch.randn(2, 70, 5000),
+        torch.randn(70, 4),
+        torch.randn(70),
+        None,
+        True,
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES_OF_GRADIENTS)
+def test_gradients_come_from_the_kernels_whatever_the_threads(name: str, threads) -> None:
+    """Several slices of channels, pieces of tokens and pictures: the sums over them must not depend on the threads."""
+    op, *arguments = CASES_OF_GRADIENTS[name]()
+    threads(1)
+    with count_calls() as names:
+        alone = gradients(op, *arguments)
+    assert any(called.endswith("_backward") for called in names)
+    wide = [a.double() if isinstance(a, Tensor) else a for a in arguments]
+    with use_backend("torch"):
+        expected = gradients(op, *wide)
+    for value, reference in zip(alone, expected, strict=True):
+        assert_close(value, reference, torch.float32)
+    for count in (2, 3):
+        threads(count)
+        for value, first in zip(gradients(op, *arguments), alone, strict=True):
+            assert torch.equal(value, first)
+
+
+def test_update_runs_on_the_kernel() -> None:
+    state = torch.randn(2, 9, 5)
+    with count_calls() as names:
+        causal_conv1d_update(torch.randn(2, 9), state, torch.randn(9, 4))
+    assert names == ["conv1d_update"]
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 GUARD = 1234.5
@@ -347,3 +413,36 @@ def test_nothing_around_the_results_is_written(
     assert not borders.isnan().any()
     around[1:-1, 1:-1, 1:-1] = GUARD
     assert (around == GUARD).all()
+
+
+@given(
+    batch=st.integers(1, 2),
+    channels=st.integers(1, 70),
+    length=st.integers(1, 90),
+    states=st.integers(1, 6),
+    constant=st.booleans(),
+    channel_last=st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_nothing_around_the_gradients_is_written(
+    batch: int, channels: int, length: int, states: int, constant: bool, channel_last: bool
+) -> None:
+    u, delta, A, B, C, D, bias, z = scan_arguments(batch, channels, length, states)
+    if constant:
+        B, C = torch.randn(2, channels, states).unbind()
+    given = [Direction(u, delta, A, B, C, D, bias, reverse) for reverse in (False, True)]
+    _, _, borders = native.scan(given, z, softplus=True, keep_states=True)
+    made = []
+
+    def inside(*_: Any) -> Tensor:
+        made.append(guarded(batch, channels, length, channel_last=channel_last))
+        return made[-1][0]
+
+    with patch.object(native, "_empty_like", inside):
+        found = native.scan_backward(given, z, torch.randn_like(u), None, borders, softplus=True)
+    assert len(made) == 5  # du and ddelta of each direction, dz
+    assert not any(value.isnan().any() for value in found)
+    for value, around in made:
+        assert (value != GUARD).all()
+        value.fill_(GUARD)
+        assert (around == GUARD).all()

@@ -6,6 +6,8 @@
 struct Kernels {
     const char *name;
     int (*conv1d)(Arguments &);
+    int (*conv1d_backward)(Arguments &);
+    int (*conv1d_update)(Arguments &);
 };
 
 #include "instruction_sets.h"

@@ -3,3 +3,5 @@
 
 EXPORT_LIBRARY
 EXPORT_KERNEL(conv1d)
+EXPORT_KERNEL(conv1d_backward)
+EXPORT_KERNEL(conv1d_update)

@@ -124,7 +124,7 @@ int bidirectional(Computed<T> *directions, const Sizes &sizes, const Output<T> &
     if (sizes.batch * sizes.channels * sizes.length == 0) return OK;
     const int64_t width = directions[0].taps.width, padded = directions[0].padded(), columns = directions[0].columns();
     const Spans spans(sizes, padded, threads);
-    const Partition partition(sizes, spans.pictures, threads);
+    const Partition partition(sizes, spans.pictures, slices_for(threads, spans.pictures));
 
     Cursor counter{nullptr};
     const auto take_shared = [&](Cursor &memory) {

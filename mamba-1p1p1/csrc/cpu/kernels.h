@@ -6,6 +6,7 @@
 struct Kernels {
     const char *name;
     int (*selective_scan)(Arguments &);
+    int (*selective_scan_backward)(Arguments &);
     int (*bidirectional_inner)(Arguments &);
     int (*bidirectional_blocks)(Arguments &);
     int (*add_norm)(Arguments &);

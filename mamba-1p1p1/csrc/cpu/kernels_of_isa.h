@@ -8,6 +8,8 @@
 
 #include "scan.h"
 
+#include "scan_backward.h"
+
 #include "gemm.h"
 
 #include "inner.h"
@@ -76,6 +78,36 @@ int selective_scan_of(Arguments &a, Threads threads) {
 int selective_scan(Arguments &a) {
     const Threads threads = a.threads();
     return a.integer() == BFLOAT16 ? selective_scan_of<bfloat16>(a, threads) : selective_scan_of<float>(a, threads);
+}
+
+template <class T>
+int selective_scan_backward_of(Arguments &a, Threads threads) {
+    const Sizes sizes = read_sizes(a);
+    Incoming<T> in;
+    in.out = sequence<const T>(a);
+    in.z = sequence<const T>(a);
+    const Sequence<T> dz = sequence<T>(a);
+    in.last = a.pointer<const float>();
+    in.states = a.pointer<const float>();
+    if (sizes.directions > DIRECTIONS) return WRONG_ARGUMENTS;
+    Given<T> directions[DIRECTIONS];
+    Gradients<T> gradients[DIRECTIONS];
+    for (int64_t s = 0; s < sizes.directions; ++s) {
+        directions[s] = read_given<T>(a, sizes);
+        gradients[s].u = sequence<T>(a);
+        gradients[s].delta = sequence<T>(a);
+        gradients[s].B = a.pointer<float>();
+        gradients[s].C = a.pointer<float>();
+        gradients[s].parameters = a.pointer<float>();
+    }
+    if (!a.complete()) return WRONG_ARGUMENTS;
+    return scan_backward(directions, gradients, sizes, in, dz, threads);
+}
+
+int selective_scan_backward(Arguments &a) {
+    const Threads threads = a.threads();
+    return a.integer() == BFLOAT16 ? selective_scan_backward_of<bfloat16>(a, threads)
+                                   : selective_scan_backward_of<float>(a, threads);
 }
 
 template <class T>
@@ -180,4 +212,6 @@ int bidirectional_blocks(Arguments &a) {
     return a.complete() ? OK : WRONG_ARGUMENTS;
 }
 
-constexpr Kernels kernels(const char *name) { return {name, selective_scan, bidirectional_inner, bidirectional_blocks, add_norm}; }
+constexpr Kernels kernels(const char *name) {
+    return {name, selective_scan, selective_scan_backward, bidirectional_inner, bidirectional_blocks, add_norm};
+}

@@ -3,6 +3,7 @@
 
 EXPORT_LIBRARY
 EXPORT_KERNEL(selective_scan)
+EXPORT_KERNEL(selective_scan_backward)
 EXPORT_KERNEL(bidirectional_inner)
 EXPORT_KERNEL(bidirectional_blocks)
 EXPORT_KERNEL(add_norm)

@@ -15,9 +15,11 @@ constexpr int64_t CHUNK = 32;  // tokens between kept states: the same number as
 constexpr int TILE = 4;        // states swept together
 constexpr float LOG2_E = 1.44269504088896341f;
 
+inline void add_to(float *sum, Vec a) { store(sum, load(sum) + a); }
+
 // What one direction stages for a vector of channels and a chunk: (CHUNK, LANES) each.
 struct Staged {
-    float *dt, *weighted, *y;
+    float *dt, *weighted, *skipped, *y;  // D * u is added to y last: it may be much larger than each term
     float *reach;  // (LANES,): the largest |dt| of the chunk, or a NaN
     float *tiles;  // room for three tiles
 };
@@ -37,8 +39,8 @@ inline void decays(const float *dt, int64_t tokens, Vec a, float *out) {
 // Of B and C, varying ones are staged per chunk as (CHUNK, n), constant ones per vector of channels as (n, LANES).
 // The factors come first, independent of each other; the recurrence then runs over them.
 template <int COUNT, bool CONSTANT_B, bool CONSTANT_C, bool BOUNDED>
-void sweep_tile(const Staged &staged, int64_t tokens, int64_t states, const float *B, const float *C,
-                       const float *A, float *h) {
+void sweep_tile(const Staged staged, int64_t tokens, int64_t states, const float *B, const float *C, const float *A,
+                float *h) {
     alignas(64) float factors[CHUNK * COUNT * LANES];
     Vec s[COUNT];
     for (int j = 0; j < COUNT; ++j) {
@@ -47,11 +49,11 @@ void sweep_tile(const Staged &staged, int64_t tokens, int64_t states, const floa
     }
     for (int64_t t = 0; t < tokens; ++t) {
         const Vec x = load(staged.weighted + t * LANES);
-        Vec y = load(staged.y + t * LANES);
         for (int j = 0; j < COUNT; ++j) {
             const Vec b = CONSTANT_B ? load(B + j * LANES) : broadcast(B[t * states + j]);
             s[j] = fma(load(factors + (t * COUNT + j) * LANES), s[j], x * b);
         }
+        Vec y = load(staged.y + t * LANES);
         for (int j = 0; j < COUNT; ++j) {
             const Vec c = CONSTANT_C ? load(C + j * LANES) : broadcast(C[t * states + j]);
             y = fma(s[j], c, y);
@@ -61,32 +63,28 @@ void sweep_tile(const Staged &staged, int64_t tokens, int64_t states, const floa
     for (int j = 0; j < COUNT; ++j) store(h + j * LANES, s[j]);
 }
 
-// Sweep COUNT states with what is known of the size of dt * A'.
-template <int COUNT, bool CONSTANT_B, bool CONSTANT_C>
-inline void sweep_some(const Staged &staged, int64_t tokens, int64_t states, const float *B, const float *C,
-                       const float *A, float *h) {
+// Whether exp2_each may be promised BOUNDED arguments for COUNT states.
+template <int COUNT>
+inline bool bounded(const float *A, const float *reach) {
     Vec rate = magnitude(load(A));
     for (int j = 1; j < COUNT; ++j) rate = larger_bits(rate, magnitude(load(A + j * LANES)));
-    const Vec most = rate * load(staged.reach);
-    if (all_at_most(most, broadcast(EXP2_BOUND))) {
-        sweep_tile<COUNT, CONSTANT_B, CONSTANT_C, true>(staged, tokens, states, B, C, A, h);
-    } else {
-        sweep_tile<COUNT, CONSTANT_B, CONSTANT_C, false>(staged, tokens, states, B, C, A, h);
-    }
+    return all_at_most(rate * load(reach), broadcast(EXP2_BOUND));
 }
 
 template <bool CONSTANT_B, bool CONSTANT_C>
 void sweep(const Staged &staged, int64_t tokens, int64_t states, const float *B, const float *C, const float *A,
            float *h) {
     int64_t n = 0;
-    const auto b = [&] { return B + (CONSTANT_B ? n * LANES : n); };
-    const auto c = [&] { return C + (CONSTANT_C ? n * LANES : n); };
-    for (; n + TILE <= states; n += TILE) {
-        sweep_some<TILE, CONSTANT_B, CONSTANT_C>(staged, tokens, states, b(), c(), A + n * LANES, h + n * LANES);
-    }
-    for (; n < states; ++n) {
-        sweep_some<1, CONSTANT_B, CONSTANT_C>(staged, tokens, states, b(), c(), A + n * LANES, h + n * LANES);
-    }
+    const auto some = [&](auto count) {
+        constexpr int COUNT = decltype(count)::value;
+        const int64_t first = n * LANES;
+        const auto tile = bounded<COUNT>(A + first, staged.reach) ? sweep_tile<COUNT, CONSTANT_B, CONSTANT_C, true>
+                                                                  : sweep_tile<COUNT, CONSTANT_B, CONSTANT_C, false>;
+        tile(staged, tokens, states, B + (CONSTANT_B ? first : n), C + (CONSTANT_C ? first : n), A + first, h + first);
+        n += COUNT;
+    };
+    while (n + TILE <= states) some(Count<TILE>());
+    while (n < states) some(Count<1>());
 }
 
 using Sweep = void (*)(const Staged &, int64_t, int64_t, const float *, const float *, const float *, float *);
@@ -113,7 +111,8 @@ inline void stage_rows(int64_t tokens, const Vec *skip, bool positive, const Ste
             reach = larger_bits(reach, magnitude(dt[i]));
             store(to.dt + (t + i) * LANES, dt[i]);
             store(to.weighted + (t + i) * LANES, dt[i] * x);
-            store(to.y + (t + i) * LANES, skip ? *skip * x : broadcast(0.0f));
+            store(to.skipped + (t + i) * LANES, skip ? *skip * x : broadcast(0.0f));
+            store(to.y + (t + i) * LANES, broadcast(0.0f));
         }
     });
     store(to.reach, reach);
@@ -141,9 +140,9 @@ struct Partition {
     const Sizes &sizes;
     int64_t pictures, slices, blocks;  // slices of a group; vectors of channels of the largest slice
 
-    Partition(const Sizes &all, int64_t batch, const Threads &threads) : sizes(all), pictures(batch) {
+    Partition(const Sizes &all, int64_t batch, int64_t slices_of_group)
+        : sizes(all), pictures(batch), slices(slices_of_group) {
         const int64_t vectors = (all.group_channels() + LANES - 1) / LANES;
-        slices = slices_for(threads, batch * all.groups);
         if (slices > vectors) slices = vectors;
         blocks = (vectors + slices - 1) / slices;
     }
@@ -170,6 +169,7 @@ struct Workspace {
         C = memory.take(projected);
         staged.dt = memory.take(CHUNK * LANES);
         staged.weighted = memory.take(CHUNK * LANES);
+        staged.skipped = memory.take(CHUNK * LANES);
         staged.y = memory.take(CHUNK * LANES);
         staged.reach = memory.take(LANES);
         staged.tiles = memory.take(3 * CHUNK * LANES);
@@ -229,6 +229,7 @@ void scan_part(Source &source, const Sizes &sizes, const Part &part, int64_t dir
             source.constants(d, lanes, constant_b ? work.B : nullptr, constant_c ? work.C : nullptr);
             source.stage(part, d, lanes, start, tokens, work.staged);
             run(work.staged, tokens, n, work.B, work.C, work.A + block * state_floats, h);
+            for (int64_t t = 0; t < tokens; ++t) add_to(work.staged.y + t * LANES, load(work.staged.skipped + t * LANES));
             finish(part, d, lanes, start, tokens, work.staged.y, work.staged.tiles);
         }
     }
@@ -342,7 +343,7 @@ struct ScanMemory {
 template <class T>
 int scan(const Given<T> *sources, const Sizes &sizes, const Output<T> &output, const Kept &kept,
          const Threads &threads) {
-    const Partition partition(sizes, sizes.batch, threads);
+    const Partition partition(sizes, sizes.batch, slices_for(threads, sizes.batch * sizes.groups));
     const int64_t floats = ScanMemory<Given<T>>({nullptr}, sizes, partition.blocks, sources[0]).floats;
     const Memory memory(floats * threads.count);
     if (memory.data() == nullptr) return OUT_OF_MEMORY;

@@ -198,7 +198,21 @@ def _bidirectional_scan_native(*arguments: Any) -> tuple[Tensor, Tensor] | None:
     return None if found is None else (found[0], found[2])
 
 
+def _selective_scan_backward_native(
+    dout: Tensor, dlast: Tensor | None, states: Tensor, *arguments: Any
+) -> list[Tensor] | None:
+    *tensors, z, softplus, reverse = arguments
+    return native.scan_backward(_directions(tuple(tensors), (reverse,)), z, dout, dlast, states, softplus)
+
+
+def _bidirectional_scan_backward_native(dout: Tensor, states: Tensor, *arguments: Any) -> list[Tensor] | None:
+    *tensors, z, softplus = arguments
+    return native.scan_backward(_directions(tuple(tensors), (False, True)), z, dout, None, states, softplus)
+
+
 FAMILY.native_kernel("selective_scan", _selective_scan_native)
+FAMILY.native_kernel("selective_scan_backward", _selective_scan_backward_native)
+FAMILY.native_kernel("bidirectional_scan_backward", _bidirectional_scan_backward_native)
 FAMILY.native_kernel("bidirectional_scan", _bidirectional_scan_native)
 
 # --- public functions -----------------------------------------------------------------------------------------------

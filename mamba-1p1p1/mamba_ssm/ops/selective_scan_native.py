@@ -16,7 +16,7 @@ from torch import Tensor
 
 from causal_conv1d.backend.call import Call
 from causal_conv1d.backend.native import Library
-from mamba_ssm.ops.selective_scan_torch import CHUNK, Direction
+from mamba_ssm.ops.selective_scan_torch import CHUNK, Direction, Gradients
 
 LIBRARY = Library("mamba_ssm")
 
@@ -33,11 +33,7 @@ def scan(
     first = directions[0]
     if not all(map(runs, directions)):
         return None
-    sequences = [z] if z is not None else []
-    for direction in directions:
-        sequences += [direction.u, direction.delta, direction.B, direction.C]
-    narrow = all(value.dtype == torch.bfloat16 for value in sequences)
-    call = Call(torch.bfloat16 if narrow else torch.float32)
+    call = _call_for(directions, [z])
     batch, channels, length = first.u.shape
     states, groups = first.A.shape[1], first.groups
     out = _empty_like(first.u, call.dtype)
@@ -50,12 +46,79 @@ def scan(
     _output(call, out, z, len(directions), 1.0)
     call.address(last).address(borders if keep_states else None)
     for direction in directions:
-        call.sequence(direction.u).sequence(direction.delta).parameter(direction.A)
-        _projection(call, direction.B)
-        _projection(call, direction.C)
-        call.parameter(direction.D).parameter(direction.delta_bias).integers(softplus, direction.reverse)
+        _direction(call, direction, softplus)
     call.run(LIBRARY, "selective_scan")
     return out.to(first.u.dtype), last, borders
+
+
+def _call_for(directions: Sequence[Direction], others: Sequence[Tensor | None]) -> Call:
+    """A call in bf16 if everything that varies over time is, else in fp32."""
+    sequences = [value for value in others if value is not None]
+    for direction in directions:
+        sequences += [direction.u, direction.delta, direction.B, direction.C]
+    narrow = all(value.dtype == torch.bfloat16 for value in sequences)
+    return Call(torch.bfloat16 if narrow else torch.float32)
+
+
+def _direction(call: Call, direction: Direction, softplus: bool) -> None:
+    call.sequence(direction.u).sequence(direction.delta).parameter(direction.A)
+    _projection(call, direction.B)
+    _projection(call, direction.C)
+    call.parameter(direction.D).parameter(direction.delta_bias).integers(softplus, direction.reverse)
+
+
+def scan_backward(
+    directions: Sequence[Direction],
+    z: Tensor | None,
+    dout: Tensor,
+    dlast: Tensor | None,
+    states: Tensor,
+    softplus: bool,
+) -> list[Tensor] | None:
+    """The gradients of `scan`: of each direction's tensors, in their order, then of z; of those that were given."""
+    if not all(map(runs, directions)) or states.dtype is not torch.float32:
+        return None
+    call = _call_for(directions, [z, dout])
+    first = directions[0]
+    batch, channels, length = first.u.shape
+    state_count, groups = first.A.shape[1], first.groups
+    dz = None if z is None else _empty_like(z, call.dtype)
+    call.integers(batch, channels, length, state_count, groups, len(directions))
+    call.sequence(dout).sequence(z).sequence(dz)
+    call.parameter(dlast).address(call.kept(states.contiguous()))
+    found: list[Tensor | None] = []
+    for direction in directions:
+        _direction(call, direction, softplus)
+        found += _direction_gradients(call, direction)
+    call.run(LIBRARY, "selective_scan_backward")
+    arguments = [getattr(direction, name) for direction in directions for name in Gradients.__dataclass_fields__]
+    return [_as(like, value) for like, value in zip([*arguments, z], [*found, dz], strict=True) if value is not None]
+
+
+def _direction_gradients(call: Call, direction: Direction) -> list[Tensor | None]:
+    """What the kernel fills with the gradients of a direction, in the order of its arguments."""
+    du, ddelta = (_empty_like(value, call.dtype) for value in (direction.u, direction.delta))
+    batch, channels, length = du.shape
+    states = direction.A.shape[1]
+    call.sequence(du).sequence(ddelta)
+    constant = [value.dim() == 2 for value in (direction.B, direction.C)]
+    varying = [None if fixed else torch.empty((batch, direction.groups, length, states)) for fixed in constant]
+    for value in varying:
+        call.address(value)
+    sizes = [channels * states] * (1 + sum(constant)) + [channels] * 2
+    record = torch.empty(sum(sizes))
+    call.address(record)
+    dA, *fixed, dD, dbias = record.split(sizes)
+    dB, dC = (fixed.pop(0) if value is None else value.transpose(2, 3) for value in varying)
+    given = direction.D is not None, direction.delta_bias is not None
+    return [du, ddelta, dA, dB, dC, dD if given[0] else None, dbias if given[1] else None]
+
+
+def _as(like: Tensor, value: Tensor) -> Tensor:
+    """A gradient in the dtype, shape and layout of its argument; not a copy where it has them."""
+    if value.dtype is like.dtype and value.dim() == 3 and like.dim() == 3:
+        return value
+    return torch.empty_like(like).copy_(value.view(like.shape) if value.dim() == 1 else value)
 
 
 def _empty_like(value: Tensor, dtype: torch.dtype) -> Tensor:
