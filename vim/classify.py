@@ -20,6 +20,7 @@ from model_setup import (
     input_shape,
     patch_grid,
     pick_device,
+    place,
     read_checkpoint_for,
     refuse_failures,
 )
@@ -54,6 +55,7 @@ class Classifier:
         source: where its weights are from; None: they are random.
         resized: rows of the position embedding in the checkpoint and in the model, where they differ.
         shape: (channels, height, width) of its input, in pixels.
+        dtype: of its weights and activations, a name of torch's.
     """
 
     model: nn.Module
@@ -64,10 +66,11 @@ class Classifier:
     shape: tuple[int, int, int]
     transform: EvalTransform
     device: torch.device
+    dtype: str = "float32"
 
     def blank_batch(self, batch_size: int) -> Tensor:
         """Return an input of grey pictures, (batch, channels, height, width), to time the model with."""
-        return blank_batch(batch_size, self.shape, self.device)
+        return blank_batch(batch_size, self.shape, self.device, self.dtype)
 
     def run(self, batch: Tensor) -> Tensor:
         """Return the probabilities, (batch, classes) in fp32, of a batch of transformed pictures.
@@ -76,7 +79,7 @@ class Classifier:
             UsageError: the model cannot run on it, for want of memory or of the requested backend.
         """
         with refuse_failures(batch), torch.inference_mode():
-            return self.model(batch.to(self.device)).float().softmax(-1)
+            return self.model(batch.to(self.device, getattr(torch, self.dtype))).float().softmax(-1)
 
 
 def load_classifier(
@@ -87,6 +90,7 @@ def load_classifier(
     img_size: int | tuple[int, int] | None = None,
     labels_file: str | None = None,
     device: str = "cpu",
+    dtype: str = "float32",
 ) -> Classifier:
     """Build the model, load its weights and find the names of its classes.
 
@@ -97,6 +101,7 @@ def load_classifier(
         img_size: pixels, one number or (height, width); None: the checkpoint's, else the model's.
         labels_file: see `labels.class_names_for`.
         device: torch's name of it.
+        dtype: "float32" or "bfloat16", of weights and activations.
     Raises:
         UsageError, CheckpointError, LabelError: it cannot be done; one sentence says why.
     """
@@ -116,7 +121,7 @@ def load_classifier(
         resized = load_weights(model, checkpoint.model, source_grid=grid).resized
     shape = input_shape(model, img_size)
     return Classifier(
-        model=model.to(target),
+        model=place(model, target, dtype),
         model_name=model_name,
         source=checkpoint.source if checkpoint else None,
         resized=resized,
@@ -124,6 +129,7 @@ def load_classifier(
         shape=shape,
         transform=eval_transform((shape[1], shape[2])),
         device=target,
+        dtype=dtype,
     )
 
 

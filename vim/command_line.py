@@ -47,13 +47,16 @@ class _PictureSize(argparse.Action):
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how a model runs: size of its input, batch, device, threads and backend."""
+    """Add the flags that say how a model runs: size of its input, batch, device, dtype, threads and backend."""
     group = parser.add_argument_group("how it runs")
     add = group.add_argument
     add("--img-size", type=positive, nargs="+", action=_PictureSize, metavar="PIXELS",
         help="side of the model's square input, or height and width (default: the model's own)")  # fmt: skip
     add("--batch-size", type=positive, default=1, metavar="N", help="pictures per forward pass (default: 1)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of weights and activations; bfloat16 halves their memory, and is faster on CPUs with instructions for it "
+        "(default: float32)")  # fmt: skip
     add("--threads", type=thread_count, metavar="N", help="CPU threads (default: torch's choice)")
     add("--backend", choices=("auto", "cuda", "native", "torch"), default="auto",
         help="kernels of the scan and the convolution (default: the best that is there)")  # fmt: skip

@@ -74,6 +74,7 @@ def classify_and_print(args: argparse.Namespace) -> int:
         img_size=args.img_size,
         labels_file=args.labels,
         device=args.device,
+        dtype=args.dtype,
     )
     backend = backend_that_runs(args.backend, classifier.device)
     _describe(classifier, backend, torch.get_num_threads())
@@ -91,13 +92,17 @@ def classify_and_print(args: argparse.Namespace) -> int:
 
 def _describe(classifier: Classifier, backend: str, threads: int) -> None:
     """Say on standard error what will run."""
+    from causal_conv1d.backend.machine import has_fast_bf16
+
     millions = sum(weight.numel() for weight in classifier.model.parameters()) / 1e6
     _, height, width = classifier.shape
     note(
         f"model: {classifier.model_name}, {millions:.2f} M parameters, {len(classifier.names)} classes, "
         f"{height} x {width} pixels"
     )
-    note(f"device: {classifier.device}, {threads} threads, backend {backend}")
+    note(f"device: {classifier.device}, {classifier.dtype}, {threads} threads, backend {backend}")
+    if classifier.dtype == "bfloat16" and classifier.device.type == "cpu" and not has_fast_bf16():
+        note("note: this CPU has no instructions for bfloat16, which is slower on it than --dtype float32")
     if classifier.source is not None:
         note(f"weights: {classifier.source}")
     else:
@@ -117,6 +122,7 @@ def _start_report(classifier: Classifier, backend: str, threads: int) -> dict[st
         "num_classes": len(classifier.names),
         "img_size": list(classifier.shape[1:]),
         "device": str(classifier.device),
+        "dtype": classifier.dtype,
         "threads": threads,
         "backend": backend,
         "pictures": [],

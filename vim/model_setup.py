@@ -37,6 +37,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def place(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
+    """Move a model to a device and give it a dtype ("float32" or "bfloat16"), and return it.
+
+    What decides how long a state lasts (A_log, D) stays in fp32, as in a model that is built narrow.
+    """
+    wide = {parameter: parameter.data for parameter in model.parameters() if hasattr(parameter, "_no_weight_decay")}
+    model.to(device, getattr(torch, dtype))
+    for parameter, value in wide.items():
+        parameter.data = value.to(device)
+    return model
+
+
 def read_checkpoint_for(model_name: str | None, source: str) -> Checkpoint:
     """Read a checkpoint; from a repository that holds several, the one that `model_name` (None: any) is for."""
     variant = VARIANTS.get(model_name or "")
@@ -130,14 +142,14 @@ def refuse_failures(batch: Tensor) -> Iterator[None]:
         raise UsageError(f"The model cannot run on an input of {_by(batch.shape)}: {first_line(error)}.") from error
 
 
-def blank_batch(batch_size: int, shape: tuple[int, int, int], device: torch.device) -> Tensor:
+def blank_batch(batch_size: int, shape: tuple[int, int, int], device: torch.device, dtype: str = "float32") -> Tensor:
     """Return grey pictures, (batch, channels, height, width), to time a model with.
 
     Raises:
         UsageError: there is not enough memory for them.
     """
     try:
-        return torch.zeros(batch_size, *shape, device=device)
+        return torch.zeros(batch_size, *shape, device=device, dtype=getattr(torch, dtype))
     except RuntimeError as error:
         raise UsageError(f"There is not enough memory for an input of {_by((batch_size, *shape))}.") from error
 

@@ -51,6 +51,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         chosen_backend,
         input_shape,
         pick_device,
+        place,
         refuse_failures,
     )
     from timing import time_repeatedly
@@ -58,8 +59,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
-    model = build_model(args.model, args.num_classes, args.img_size).to(device)
-    batch = blank_batch(args.batch_size, input_shape(model, args.img_size), device)
+    model = place(build_model(args.model, args.num_classes, args.img_size), device, args.dtype)
+    batch = blank_batch(args.batch_size, input_shape(model, args.img_size), device, args.dtype)
     with chosen_backend(args.backend), refuse_failures(batch), torch.inference_mode():
         count = count_flops(model, args.img_size)
         timing = time_repeatedly(lambda: model(batch), args.repeat)
@@ -67,6 +68,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "model": args.model,
         "input": list(batch.shape),
         "device": str(device),
+        "dtype": args.dtype,
         "threads": torch.get_num_threads(),
         "backend": backend_that_runs(args.backend, device),
         **_weights(model),

@@ -26,7 +26,7 @@ from mamba_ssm.ops.mamba_inner import DirectionParameters, bidirectional_inner
 from mamba_ssm.ops.norm import RMSNorm, layer_norm_fn
 from mamba_ssm.ops.selective_scan import selective_scan_fn, selective_scan_ref
 from mamba_ssm.ops.selective_scan_torch import Direction
-from tolerances import assert_close
+from tolerances import RELATIVE, assert_close
 
 pytestmark = pytest.mark.skipif(
     any(family.missing("native") is not None for family in backends.families()),
@@ -265,6 +265,25 @@ def test_one_block_at_once_leaves_its_inputs_alone() -> None:
     assert_close(total, expected_total, torch.float32)
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["slow-bf16", "fast-bf16"])
+@pytest.mark.parametrize("residual_in_fp32", [False, True])
+def test_blocks_in_bf16(fast: bool, residual_in_fp32: bool) -> None:
+    """Whole blocks, computed in fp32, on a machine without instructions for bf16; else op by op."""
+    blocks = [block.bfloat16() for block in make_blocks(3, 24, if_divide_out=True)]
+    x = torch.randn(2, 33, 24).bfloat16()
+    for block in blocks:
+        block.residual_in_fp32 = residual_in_fp32
+    with torch.no_grad(), count_calls() as calls, patch.object(mamba_simple, "has_fast_bf16", lambda: fast):
+        hidden, residual = run_blocks(blocks, x, None)
+    at_once = residual_in_fp32 and not fast
+    assert calls == ["bidirectional_blocks"] if at_once else "bidirectional_blocks" not in calls
+    assert (hidden.dtype, residual.dtype) == (torch.bfloat16, torch.float32 if residual_in_fp32 else torch.bfloat16)
+    expected, expected_residual = one_by_one(blocks, x)
+    # Op by op, each of the twelve results of a block that lie in memory is rounded.
+    assert_close(hidden, expected, limit=RELATIVE[torch.bfloat16] * (1 if at_once else 4))
+    assert_close(residual, expected_residual, limit=RELATIVE[torch.bfloat16] * (1 if at_once else 4))
+
+
 def test_blocks_of_other_kinds_run_in_between() -> None:
     blocks = make_blocks(2, 16) + make_blocks(1, 16, d_state=4) + make_blocks(1, 16, init_layer_scale=0.1)
     blocks += make_blocks(1, 16, norm=torch.nn.LayerNorm)
@@ -299,11 +318,35 @@ def test_blocks_that_are_trained_keep_their_gradients() -> None:
     assert all(parameter.grad is not None for parameter in blocks[0].mixer.parameters())
 
 
+def test_exported_blocks_take_any_batch() -> None:
+    (block,) = make_blocks(1, 12)
+    with torch.no_grad():
+        dynamic = {"hidden_states": {0: torch.export.Dim("batch", max=10**6)}}
+        exported = torch.export.export(block, (torch.randn(2, 9, 12),), dynamic_shapes=dynamic).module()
+        x = torch.randn(5, 9, 12)
+        assert_close(exported(x)[0], block(x)[0].double(), torch.float32)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="this torch takes the ops one by one")
+def test_compiled_blocks_stay_one_call() -> None:
+    blocks, x = make_blocks(3, 12), torch.randn(2, 9, 12)
+    compiled = torch.compile(lambda x: run_blocks(blocks, x, None), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        compiled(x)
+        with count_calls() as calls:
+            hidden, residual = compiled(x)
+        assert calls == ["bidirectional_blocks"]
+        expected, expected_residual = run_blocks(blocks, x, None)
+    assert torch.equal(hidden, expected)
+    assert torch.equal(residual, expected_residual)
+
+
 def test_blocks_are_one_op_of_its_schema() -> None:
     (block,) = make_blocks(1, 8)
-    parameters = list(mamba_simple._plain_parameters(block))
-    arguments = (torch.randn(1, 5, 8), torch.randn(1, 5, 8), [None if p is None else p.detach() for p in parameters])
-    torch.library.opcheck(torch.ops.mamba_ssm.bidirectional_blocks, (*arguments, 1e-5, True, 0.5))
+    parameters = [None if p is None else p.detach() for p in mamba_simple._plain_parameters(block, torch.float32)]
+    for dtype in (torch.float32, torch.bfloat16):
+        x, residual = torch.randn(1, 5, 8).to(dtype), torch.randn(1, 5, 8)
+        torch.library.opcheck(torch.ops.mamba_ssm.bidirectional_blocks, (x, residual, parameters, 1e-5, True, 0.5))
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------

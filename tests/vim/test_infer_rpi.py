@@ -223,6 +223,24 @@ def test_backends(call: Call) -> None:
     assert len(outcome.errors) == 1
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["slow-bf16", "fast-bf16"])
+def test_bfloat16(call: Call, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("causal_conv1d.backend.machine.has_fast_bf16", lambda: fast)
+    wide, narrow = (
+        json.loads(call(f"--image pictures/a.png --checkpoint w.pth --topk 10 --json --dtype {dtype}").out)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert (wide["dtype"], narrow["dtype"]) == ("float32", "bfloat16")
+    probabilities = (
+        {p["index"]: p["probability"] for p in found["pictures"][0]["predictions"]} for found in (wide, narrow)
+    )
+    before, after = probabilities
+    assert before != after
+    assert all(abs(before[index] - after[index]) < 0.01 for index in before)
+    outcome = call("--image pictures/a.png --checkpoint w.pth --dtype bfloat16")
+    assert ("slower" in outcome.err) is not fast
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_no_gpu(call: Call) -> None:
     outcome = call("--image pictures/a.png --checkpoint w.pth --device cuda")

@@ -8,7 +8,7 @@ import timm
 import torch
 
 from golden import cases, fill_parameters, normal, tensors
-from models_mamba import VisionMamba
+from models_mamba import PatchEmbed, VisionMamba
 from small_vim import pictures, small_model
 from tolerances import GOLDEN_LOGITS, assert_close
 
@@ -250,3 +250,21 @@ def test_fused_and_plain_norms_are_the_same_maths(rms_norm, residual_in_fp32):
     options = {"rms_norm": rms_norm, "residual_in_fp32": residual_in_fp32}
     fused, plain = (small_model(**options, fused_add_norm=fused).to(torch.bfloat16) for fused in (True, False))
     assert torch.equal(fused(pictures().bfloat16()), plain(pictures().bfloat16()))
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["slow-bf16", "fast-bf16"])
+def test_patches_in_bf16(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The convolution of bf16 is computed in fp32 where the CPU has no instructions for it; gradients go either way."""
+    monkeypatch.setattr("blocks.has_fast_bf16", lambda: fast)
+    embed, x = PatchEmbed(24, 8, 8, embed_dim=12), torch.randn(2, 3, 24, 24)
+    expected = embed(x)
+    narrow = embed.bfloat16()
+    with torch.no_grad():
+        out = narrow(x.bfloat16())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.02)
+    narrow(x.bfloat16()).float().sum().backward()
+    assert narrow.proj.weight.grad is not None
+    narrow.proj.register_forward_hook(lambda *_: torch.zeros(2, 12, 3, 3, dtype=torch.bfloat16))
+    with torch.no_grad():
+        assert not narrow(x.bfloat16()).any()

@@ -62,7 +62,8 @@ for _op in ("bidirectional_inner", "bidirectional_blocks"):
 
 @torch.library.register_fake("mamba_ssm::bidirectional_blocks", lib=LIBRARY)
 def _blocks_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))  # type: ignore[return-value]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return out, torch.empty_like(out, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @FAMILY.kernel("torch", "bidirectional_blocks")
@@ -71,7 +72,9 @@ def _blocks_torch(
 ) -> tuple[Tensor, Tensor]:
     for first in range(0, len(parameters), native.PER_BLOCK):
         own: list[Any] = parameters[first : first + native.PER_BLOCK]
-        normed, total = layer_norm_fn(x, own[0], own[1], residual, eps=eps, prenorm=True, is_rms_norm=rms)
+        normed, total = layer_norm_fn(
+            x, own[0], own[1], residual, eps=eps, prenorm=True, residual_in_fp32=True, is_rms_norm=rms
+        )
         y = _inner_torch(F.linear(normed, own[2], own[3]).transpose(1, 2), *own[6:], scale)
         x, residual = F.linear(y.transpose(1, 2), own[4], own[5]), total.clone() if total is x else total
     assert residual is not None

@@ -167,12 +167,13 @@ def bidirectional_inner(xz: Tensor, *arguments: Any) -> Tensor | None:
 def bidirectional_blocks(
     x: Tensor, residual: Tensor | None, parameters: list[Tensor | None], eps: float, rms: bool, scale: float
 ) -> tuple[Tensor, Tensor] | None:
-    """The op `mamba_ssm::bidirectional_blocks`: fp32 only."""
-    if x.dtype is not torch.float32 or (residual is not None and residual.dtype is not torch.float32):
+    """The op `mamba_ssm::bidirectional_blocks`: fp32, or bf16 that is computed in fp32."""
+    dtype = x.dtype
+    if dtype not in (torch.float32, torch.bfloat16) or _any_wide(*parameters):
         return None
-    if _any_wide(*parameters):
+    if residual is not None and residual.dtype is not torch.float32:
         return None
-    x = x.contiguous()
+    x = x.to(torch.float32).contiguous()
     residual = None if residual is None else residual.contiguous()
     out, total = torch.empty_like(x), torch.empty_like(x)
     batch, length, features = x.shape
@@ -186,7 +187,7 @@ def bidirectional_blocks(
             call.parameter(value)
         _both_directions(call, parameters[start + 6 : start + PER_BLOCK])
     call.run(LIBRARY, "bidirectional_blocks")
-    return out, total
+    return out.to(dtype), total
 
 
 def _any_wide(*values: Any) -> bool:
