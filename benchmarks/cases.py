@@ -1,13 +1,17 @@
 """Every benchmark of the repository, as data.
 
-A case is one subject (`subjects.SUBJECTS`) on one path (`paths.PATHS`) and one input. A comparison is what runs
-interleaved, with the base of its ratios and what the ratios must show. Sizes are pixels, times seconds, memory bytes.
+A case is one subject (`subjects.SUBJECTS`) on one path (`paths.PATHS`), one input, dtype and mode. A comparison is
+what runs interleaved, with the base of its ratios and what the ratios must show. Sizes are pixels, times seconds,
+memory bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+Quantity = Literal["seconds", "seconds_per_element", "peak_bytes", "increase_bytes", "scratch_bytes"]
 
 
 @dataclass(frozen=True)
@@ -19,15 +23,21 @@ class Case:
         path: how, a key of `paths.PATHS`.
         pixels: side of the square picture; ops and blocks get the tokens that Vim makes of it.
         batch: pictures per call.
+        dtype: of the weights and the inputs, all of them; "fp64" is there to compare with.
+        mode: "inference"; "train": forward, sum of the output, backward, gradients set to None before; or "compiled":
+            inference of `torch.compile(subject, fullgraph=True)`, compiled before anything is timed.
     """
 
     subject: str
     path: str = "auto"
     pixels: int = 224
     batch: int = 1
+    dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
+    mode: Literal["inference", "train", "compiled"] = "inference"
 
     def __str__(self) -> str:
-        return f"{self.subject} ({self.path}), {self.pixels} px, batch {self.batch}"
+        unusual = [value for value in (self.dtype, self.mode) if value not in ("fp32", "inference")]
+        return f"{self.subject} ({', '.join([self.path, *unusual])}), {self.pixels} px, batch {self.batch}"
 
 
 @dataclass(frozen=True)
@@ -35,17 +45,21 @@ class Claim:
     """What a comparison must show: a quantity of one case, divided by that of another if there is one, is bounded.
 
     Attributes:
-        quantity: "seconds" of one call or "peak_bytes" of a process that does nothing else.
+        quantity: "seconds" of one call; "seconds_per_element" of what the subject counts (`Subject.elements`);
+            "peak_bytes" of a process that does nothing else, "increase_bytes" of its calls over the loaded subject,
+            "scratch_bytes" that a call takes beyond its inputs and its result, per thread.
         of, over: cases of the comparison.
         must: the largest value that keeps the claim.
         aim: the value worked towards, if it is a smaller one.
+        needs: what the machine must have for the claim to apply, a key of `machine.ABILITIES`.
     """
 
-    quantity: Literal["seconds", "peak_bytes"]
+    quantity: Quantity
     of: Case
     over: Case | None
     must: float
     aim: float | None = None
+    needs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,13 +82,17 @@ class Comparison:
     memory: bool = False
 
 
+Named = Iterator[tuple[str, Comparison]]
+
 RESOLUTIONS = (224, 384, 512, 768, 1024, 1248, 1536, 2048)
-OPS = {  # subject: its paths, or (subject, path) of another implementation of the same thing; the last one is the base
-    "conv": (("conv", "torch"), ("conv_grouped", "auto")),
-    "scan": (("scan", "torch"), ("scan", "loop")),
-    "bidirectional_scan": (("bidirectional_scan", "torch"), ("bidirectional_scan", "loop")),
-    "norm": (("norm", "auto"), ("norm_builtin", "auto")),
-    "block": (("block", "torch"), ("block", "loop")),
+WIDTHS = ("tiny", "small", "base")
+LOOP64 = ("scan", "loop", "fp64")
+OPS = {  # subject: (subject, path) of each way to compute it, or (subject, path, dtype); the last one is the base
+    "conv": (("conv", "auto"), ("conv", "torch"), ("copy", "auto"), ("conv_grouped", "auto")),
+    "scan": (("scan", "auto"), ("scan", "torch"), LOOP64, ("scan", "loop")),
+    "bidirectional_scan": tuple(("bidirectional_scan", path) for path in ("auto", "torch", "loop")),
+    "norm": (("norm", "auto"), ("norm", "torch"), ("norm_builtin", "auto")),
+    "block": tuple(("block", path) for path in ("auto", "torch", "loop")),
 }
 OP_NAMES = {
     "conv": "causal convolution and SiLU of one direction of a Vim-Tiny block",
@@ -83,6 +101,15 @@ OP_NAMES = {
     "norm": "addition to the residual stream and RMS norm of a Vim-Tiny block",
     "block": "one Vim-Tiny block",
 }
+# Vim's seconds over DeiT's of the same width, (must, aim) of (width, pixels, batch)
+OVER_DEIT = {
+    ("tiny", 224, 1): (1.25, 1.0),
+    ("tiny", 224, 8): (1.35, 1.15),
+    ("tiny", 512, 1): (0.85, 0.65),
+    ("tiny", 1248, 1): (0.30, 0.23),
+    ("small", 224, 1): (1.15, 1.05),
+    ("base", 224, 1): (1.15, 1.05),
+}
 
 
 def _rounds(pixels: int) -> int:
@@ -90,54 +117,139 @@ def _rounds(pixels: int) -> int:
     return 15 if pixels <= 512 else 5
 
 
-def _front_page() -> dict[str, Comparison]:
-    """The comparisons of the README: the pure PyTorch path against the step-by-step loop and DeiT-Tiny."""
-    torch, loop, deit = Case("vim_tiny", "torch"), Case("vim_tiny", "loop"), Case("deit_tiny")
-    table = {
-        "vim_tiny_224": Comparison(
-            "Vim-Tiny, 224 px",
-            (torch, loop, deit),
-            deit,
-            (Claim("seconds", torch, loop, must=1 / 5), Claim("seconds", torch, deit, must=7, aim=5.5)),
-            memory=True,
-        )
-    }
-    for pixels in (512, 1248):
-        torch, deit = Case("vim_tiny", "torch", pixels), Case("deit_tiny", pixels=pixels)
-        bound = (Claim("peak_bytes", torch, None, must=1.5e9),) if pixels == 1248 else ()
-        table[f"vim_tiny_{pixels}"] = Comparison(
-            f"Vim-Tiny, {pixels} px", (torch, deit), deit, bound, rounds=_rounds(pixels), memory=True
-        )
-    return table
+def _over_deit(width: str, pixels: int, batch: int = 1) -> tuple[Claim, ...]:
+    """What is claimed of Vim as it comes over DeiT, if anything."""
+    bounds = OVER_DEIT.get((width, pixels, batch))
+    vim, deit = (Case(f"{family}_{width}", pixels=pixels, batch=batch) for family in ("vim", "deit"))
+    return () if bounds is None else (Claim("seconds", vim, deit, *bounds),)
 
 
-def _whole_models() -> dict[str, Comparison]:
+def _front_page() -> Named:
+    """The comparisons of the README: Vim-Tiny as it comes and in pure PyTorch, its step-by-step loop, DeiT-Tiny."""
+    for pixels in (224, 512, 1248):
+        vim, torch = (Case("vim_tiny", path, pixels) for path in ("auto", "torch"))
+        deit = Case("deit_tiny", pixels=pixels)
+        cases: tuple[Case, ...] = (vim, torch, deit)
+        claims = _over_deit("tiny", pixels)
+        if pixels == 224:
+            loop = Case("vim_tiny", "loop")
+            cases = (vim, torch, loop, deit)
+            claims += (Claim("seconds", torch, loop, must=0.2), Claim("seconds", torch, deit, must=7, aim=5.5))
+        if pixels == 1248:
+            claims += (Claim("increase_bytes", vim, deit, must=0.8, aim=0.5),)
+            claims += (Claim("peak_bytes", torch, None, must=1.5e9),)
+        title = f"Vim-Tiny, {pixels} px"
+        yield f"vim_tiny_{pixels}", Comparison(title, cases, deit, claims, rounds=_rounds(pixels), memory=True)
+
+
+def _whole_models() -> Named:
     """Vim as it comes (the best backend that is there) against DeiT of the same width."""
-    table = {}
-    for width in ("tiny", "small", "base"):
+    for width in WIDTHS:
         for batch in (1, 8):
             vim, deit = Case(f"vim_{width}", batch=batch), Case(f"deit_{width}", batch=batch)
             title = f"Vim-{width.title()} and DeiT-{width.title()}, 224 px, batch {batch}"
-            table[f"{width}_batch{batch}"] = Comparison(title, (vim, deit), deit, rounds=_rounds(224) // batch + 4)
+            rounds, name = _rounds(224) // batch + 4, f"{width}_batch{batch}"
+            claims = () if name == "tiny_batch1" else _over_deit(width, 224, batch)  # the front page has that one
+            yield name, Comparison(title, (vim, deit), deit, claims, rounds=rounds)
+            one = Comparison(f"{title}, one thread", (vim, deit), deit, threads=1, rounds=rounds)
+            yield f"{name}_threads1", one
     for pixels in RESOLUTIONS:
         vim, deit = Case("vim_tiny", pixels=pixels), Case("deit_tiny", pixels=pixels)
         title = f"Vim-Tiny and DeiT-Tiny, {pixels} px"
-        table[f"resolution_{pixels}"] = Comparison(title, (vim, deit), deit, rounds=_rounds(pixels), memory=True)
-    return table
+        yield f"resolution_{pixels}", Comparison(title, (vim, deit), deit, rounds=_rounds(pixels), memory=True)
 
 
-def _ops() -> dict[str, Comparison]:
-    table = {}
+def _paths() -> Named:
+    """Every path in one run: the best backend, the compiled kernels by name, pure PyTorch, one step at a time."""
+    for subject, title in (("vim_tiny", "Vim-Tiny"), ("scan", OP_NAMES["scan"])):
+        cases = tuple(Case(subject, path) for path in ("auto", "native", "torch", "loop"))
+        yield f"paths_{subject}", Comparison(f"every path of {title}, 224 px", cases, cases[-1])
+
+
+def _dtypes_and_modes() -> Named:
+    """bf16 against fp32, forward and backward, and torch.compile; Vim as it comes and DeiT with the same."""
+    for pixels in (224, 512, 1248):
+        vim, deit = ("vim_tiny", "auto", pixels), ("deit_tiny", "auto", pixels)
+        cases = tuple(Case(*network, dtype=dtype) for network in (vim, deit) for dtype in ("bf16", "fp32"))
+        title, claims = f"Vim-Tiny and DeiT-Tiny in bf16 and fp32, {pixels} px", _bf16_claims(pixels, cases)
+        yield f"bf16_{pixels}", Comparison(title, cases, cases[-1], claims, rounds=_rounds(pixels))
+    for batch in (1, 8):
+        networks = (("vim_tiny", "auto"), ("vim_tiny", "torch"), ("deit_tiny", "auto"))
+        cases = tuple(Case(name, path, batch=batch, mode="train") for name, path in networks)
+        claims = (Claim("seconds", cases[0], cases[2], must=1.8, aim=1.3),) if batch == 8 else ()
+        title = f"forward and backward of Vim-Tiny and DeiT-Tiny, 224 px, batch {batch}"
+        yield f"train_batch{batch}", Comparison(title, cases, cases[-1], claims, rounds=9)
+    for op in ("scan", "block"):
+        cases = tuple(Case(op, path, mode="train") for path in ("auto", "torch"))
+        yield f"train_{op}", Comparison(f"forward and backward of {OP_NAMES[op]}, 224 px", cases, cases[-1])
+    eager, compiled = Case("vim_tiny"), Case("vim_tiny", mode="compiled")
+    cases = (eager, compiled, Case("deit_tiny"), Case("deit_tiny", mode="compiled"))
+    claim = Claim("seconds", compiled, eager, must=1.05)
+    yield "compiled_224", Comparison("Vim-Tiny and DeiT-Tiny through torch.compile, 224 px", cases, cases[2], (claim,))
+
+
+def _bf16_claims(pixels: int, cases: Sequence[Case]) -> tuple[Claim, ...]:
+    narrow, wide, deit, _ = cases
+    if pixels == 1248:
+        return (Claim("seconds", narrow, deit, must=0.55, aim=0.40),)
+    must, aim = {224: (0.85, 0.7), 512: (0.7, 0.55)}[pixels]
+    return (Claim("seconds", narrow, wide, must, aim, needs="bf16 products"),)
+
+
+def _ops() -> Named:
     for op, entries in OPS.items():
+        for pixels, batch in ((224, 1), (1248, 1), (224, 8)):
+            cases = tuple(Case(subject, path, pixels, batch, *dtype) for subject, path, *dtype in entries)  # type: ignore[arg-type]
+            name, title = f"{op}_{pixels}", f"{OP_NAMES[op]}, {pixels} px"
+            if batch > 1:
+                name, title = f"{name}_batch{batch}", f"{title}, batch {batch}"
+            for threads in (1, 2):
+                claims, rounds = _op_claims(cases[0], threads), _rounds(pixels)
+                here = Comparison(f"{title}, threads: {threads}", cases, cases[-1], claims, threads, rounds)
+                yield f"{name}_threads{threads}", here
+    cases = (Case("inner", pixels=1248), Case("inner", "torch", 1248))
+    claim = Claim("scratch_bytes", cases[0], None, must=8e6, aim=2e6)
+    title = "a Vim-Tiny block between its outer projections, 1248 px"
+    yield "inner_1248", Comparison(title, cases, cases[0], (claim,), rounds=_rounds(1248), memory=True)
+
+
+def _op_claims(case: Case, threads: int) -> tuple[Claim, ...]:
+    """What is claimed of an op as it comes: of one scan on one core, of a convolution that no cache holds."""
+    if (case, threads) == (Case("scan"), 1):
+        return tuple(
+            Claim("seconds_per_element", case, None, must, aim, needs)
+            for needs, must, aim in (("AVX-512 kernels", 0.20e-9, 0.14e-9), ("AVX2 kernels", 0.32e-9, 0.24e-9))
+        )
+    if (case, threads) == (Case("conv", pixels=1248), 2):
+        return (Claim("seconds", case, Case("copy", pixels=1248), must=2.0, aim=1.3),)
+    return ()
+
+
+def _peers() -> Named:
+    """Implementations that other packages offer, which `requirements/peers.txt` installs."""
+    scans = (("scan", "auto"), ("scan", "torch"), ("mambapy_scan_sequential", "auto"), ("mambapy_scan", "auto"))
+    mixers = (("mixer", "auto"), ("mixer", "torch"), ("mambapy_mixer", "auto"), ("transformers_mixer", "auto"))
+    what = {"scan": (OP_NAMES["scan"], scans), "mixer": ("a Mamba mixer of Vim-Tiny's sizes, one direction", mixers)}
+    for name, (title, entries) in what.items():
         for pixels in (224, 1248):
             cases = tuple(Case(subject, path, pixels) for subject, path in entries)
-            for threads in (1, 2):
-                title = f"{OP_NAMES[op]}, {pixels} px, threads: {threads}"
-                table[f"{op}_{pixels}_threads{threads}"] = Comparison(
-                    title, cases, cases[-1], threads=threads, rounds=_rounds(pixels)
-                )
-    return table
+            title_here = f"other packages: {title}, {pixels} px"
+            yield (
+                f"peers_{name}_{pixels}",
+                Comparison(title_here, cases, cases[-1], rounds=_rounds(pixels), memory=pixels == 1248),
+            )
+        cases = tuple(Case(subject, path, mode="train") for subject, path in entries)
+        title_here = f"other packages: forward and backward of {title}, 224 px"
+        yield f"peers_{name}_train", Comparison(title_here, cases, cases[-1])
 
 
-FRONT_PAGE = _front_page()
-COMPARISONS = {**FRONT_PAGE, **_whole_models(), **_ops()}
+FRONT_PAGE = dict(_front_page())
+COMPARISONS = {
+    **FRONT_PAGE,
+    **dict(_whole_models()),
+    **dict(_paths()),
+    **dict(_dtypes_and_modes()),
+    **dict(_ops()),
+    **dict(_peers()),
+}
+GROUPS = {"claims": tuple(name for name, comparison in COMPARISONS.items() if comparison.claims)}

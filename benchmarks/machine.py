@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("timm", "causal-conv1d", "mamba-ssm")
+PACKAGES = ("timm", "causal-conv1d", "mamba-ssm", "mambapy", "transformers")
 # What decides the speed of the kernels, in the names of Linux.
 INSTRUCTION_SETS = (
     "avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8",
@@ -24,12 +26,12 @@ def describe_machine() -> dict[str, Any]:
     import torch
 
     fields = _cpu_fields()
-    flags = set((fields.get("flags") or fields.get("Features") or "").split())
     return {
         "cpu": fields.get("model name") or fields.get("Model") or platform.processor() or platform.machine(),
         "architecture": platform.machine(),
         "cores": available_cores(),
-        "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
+        "instruction_sets": instruction_sets(),
+        "kernels_instruction_set": _kernels(),
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "memory_bytes": _memory(),
         "system": platform.platform(),
@@ -41,6 +43,41 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def instruction_sets() -> list[str]:
+    """Those of `INSTRUCTION_SETS` that the processor has."""
+    fields = _cpu_fields()
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    return [name for name in INSTRUCTION_SETS if name in flags]
+
+
+def _kernels() -> str:
+    """The instruction set that the compiled kernels use here; empty without them."""
+    from mamba_ssm.ops.selective_scan import FAMILY
+
+    return "" if FAMILY.native is None or FAMILY.missing("native") is not None else FAMILY.native.instruction_set
+
+
+def _lacks_kernels(prefix: str) -> str | None:
+    used = _kernels()
+    if used.startswith(prefix):
+        return None
+    return f"the compiled kernels use {used} here" if used else "there are no compiled kernels here"
+
+
+def _lacks_bf16_products() -> str | None:
+    if {"amx_bf16", "avx512_bf16"} & set(instruction_sets()):
+        return None
+    return "this processor has neither AMX nor AVX-512-BF16"
+
+
+# What claims may need, and a function that says as a clause why the machine has it not, None if it has.
+ABILITIES: dict[str, Callable[[], str | None]] = {
+    "AVX-512 kernels": partial(_lacks_kernels, "avx512"),
+    "AVX2 kernels": partial(_lacks_kernels, "avx2"),
+    "bf16 products": _lacks_bf16_products,
+}
 
 
 def _cpu_fields() -> dict[str, str]:

@@ -5,33 +5,46 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.cases import Case
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 ROOT = Path(__file__).resolve().parent.parent
-STATUS = Path("/proc/self/status")
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The most memory that the process had in use so far, in bytes, at three points.
+    """The memory of a process, in bytes.
 
     Attributes:
-        imports: torch, timm and the packages are imported.
-        loaded: the subject and its input are there.
-        peak: the subject was called twice. What the user of a script sees.
+        imports: the most it had in use when torch, timm and the packages were imported.
+        loaded: the most it had in use when the subject and its input were there.
+        peak: the most after the subject was called twice. What the user of a script sees.
+        scratch: what a third call takes beyond its result, per thread; None where the system does not tell.
     """
 
     imports: int
     loaded: int
     peak: int
+    scratch: int | None = None
+
+    @property
+    def increase(self) -> int:
+        """What the calls need over the loaded subject."""
+        return self.peak - self.loaded
 
 
 def measure_memory(case: Case, threads: int) -> Memory | None:
@@ -48,7 +61,7 @@ def measure_memory(case: Case, threads: int) -> Memory | None:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise RuntimeError(f"the process that measures the memory of {case} failed: {reason}")
     found = json.loads(done.stdout)
-    return None if None in found.values() else Memory(**found)
+    return None if found["peak"] is None else Memory(**found)
 
 
 def _most_so_far() -> int | None:
@@ -69,20 +82,39 @@ def _most_so_far() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes
 
 
+def _scratch(call: Callable[[], Tensor]) -> int | None:
+    """What a call that is not the first takes beyond its result, at its peak; None where the system does not tell.
+
+    What earlier calls freed goes back to the system first, else it would serve this one unseen; code and threads that
+    earlier calls brought in are not counted.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        CLEAR.write_text("5")  # the high-water mark falls to what is in use now
+    except (OSError, TypeError, AttributeError):  # not Linux, or not glibc
+        return None
+    before = _most_so_far()
+    result = call()
+    peak = _most_so_far()
+    return None if before is None or peak is None else max(0, peak - before - result.nbytes)
+
+
 def _measure_here(case: Case, threads: int) -> dict[str, int | None]:
     import torch
 
-    from benchmarks.paths import PATHS
+    from benchmarks.paths import surroundings
     from benchmarks.subjects import build
 
     torch.set_num_threads(threads)
     found = {"imports": _most_so_far()}
-    call = build(case)
+    work = build(case)
     found["loaded"] = _most_so_far()
-    with torch.inference_mode(), PATHS[case.path]():
-        call()
-        call()
-    found["peak"] = _most_so_far()
+    with surroundings(case):
+        work.call()
+        work.call()
+        found["peak"] = _most_so_far()
+        scratch = _scratch(work.call)
+    found["scratch"] = None if scratch is None else scratch // threads
     return found
 
 

@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.cases import Case
 from causal_conv1d.backend import use_backend
 from mamba_ssm.ops.reference import scan_reference
 from mamba_ssm.ops.selective_scan import FAMILY, PER_DIRECTION
@@ -60,7 +62,15 @@ def _register(kernels: dict[str, Callable[..., Any]]) -> None:
 Path = Callable[[], AbstractContextManager[None]]
 PATHS: dict[str, Path] = {
     "auto": nullcontext,  # what runs by itself: the best backend that is there, or a network of another project
+    "native": partial(use_backend, "native"),  # the compiled kernels, or an error: no op of it may step down
     "torch": partial(use_backend, "torch"),  # as with both FORCE_FALLBACK variables set
     "loop": step_by_step,
 }
-TITLES = {"auto": "", "torch": "PyTorch path", "loop": "step-by-step loop"}
+TITLES = {"auto": "", "native": "compiled kernels", "torch": "PyTorch path", "loop": "step-by-step loop"}
+
+
+@contextmanager
+def surroundings(case: Case) -> Iterator[None]:
+    """What a call of a case runs in: its kernels, and no record of gradients where none are asked for."""
+    with PATHS[case.path](), nullcontext() if case.mode == "train" else torch.inference_mode():
+        yield

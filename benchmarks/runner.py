@@ -6,18 +6,20 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Claim, Comparison
+from benchmarks.cases import Case, Claim, Comparison, Quantity
 from benchmarks.memory import Memory, measure_memory
-from benchmarks.paths import PATHS, Path
-from benchmarks.subjects import build, result_key
+from benchmarks.paths import Path, surroundings
+from benchmarks.subjects import SUBJECTS, build, result_key
+from benchmarks.work import DTYPES, Work
 
 # Largest difference of two results that must be one, over the largest value: what separates an error from rounding.
-AGREEMENT = 1e-4
+AGREEMENT = {"fp64": 1e-4, "fp32": 1e-4, "bf16": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,19 @@ class Spread:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of a case: the seconds of its calls, in the order of the rounds, and its memory."""
+    """What was measured of a case.
+
+    Attributes:
+        seconds: of its calls, in the order of the rounds.
+        memory: of a process of its own, if that was measured.
+        error: how far its result is from that of the widest dtype among the cases that compute the same, over the
+            largest value there; None if it has nothing to be compared with.
+    """
 
     case: Case
     seconds: tuple[float, ...]
     memory: Memory | None = None
+    error: float | None = None
 
     @property
     def time(self) -> Spread:
@@ -53,6 +63,16 @@ class Result:
     def ratio(self, other: Result) -> Spread:
         """Time over that of `other`, round by round: what slows a whole round down does not count."""
         return Spread.of([mine / its for mine, its in zip(self.seconds, other.seconds, strict=True)])
+
+    def values(self, quantity: Quantity) -> tuple[float, ...] | None:
+        """What a claim bounds, once per round or just once; None if it was not measured."""
+        if quantity == "seconds":
+            return self.seconds
+        if quantity == "seconds_per_element":
+            elements = SUBJECTS[self.case.subject].elements(self.case)
+            return tuple(seconds / elements for seconds in self.seconds)
+        size = None if self.memory is None else getattr(self.memory, quantity.removesuffix("_bytes"))
+        return None if size is None else (float(size),)
 
 
 @dataclass(frozen=True)
@@ -72,15 +92,12 @@ class Outcome:
         return result.ratio(self.result(self.comparison.base))
 
     def measured(self, claim: Claim) -> Spread | None:
-        """The value that a claim bounds; None if the memory was not measured."""
-        of = self.result(claim.of)
-        over = None if claim.over is None else self.result(claim.over)
-        if claim.quantity == "seconds":
-            return of.time if over is None else of.ratio(over)
-        if of.memory is None or (over is not None and over.memory is None):
+        """The value that a claim bounds; None if it was not measured."""
+        of = self.result(claim.of).values(claim.quantity)
+        over = (1.0,) * len(of or ()) if claim.over is None else self.result(claim.over).values(claim.quantity)
+        if of is None or over is None:
             return None
-        divisor = 1 if over is None or over.memory is None else over.memory.peak
-        return Spread.of([of.memory.peak / divisor])
+        return Spread.of([mine / its for mine, its in zip(of, over, strict=True)])
 
 
 class Entry(NamedTuple):
@@ -104,21 +121,32 @@ def interleave(
     return [tuple(times) for times in seconds]
 
 
-def check_agreement(results: Iterable[tuple[Case, Tensor]]) -> None:
+def check_agreement(results: Iterable[tuple[Case, list[Tensor]]]) -> dict[Case, float]:
     """Refuse to time what computes something else: cases of one subject and input must agree.
 
+    Returns:
+        {case: the largest difference from the case of the widest dtype, over the largest value}, of those that have
+        one to be compared with. The results are an output and its gradients, each judged for itself.
     Raises:
         RuntimeError: two cases disagree; names them.
     """
-    first: dict[tuple[str, int, int], tuple[Case, Tensor]] = {}
-    for case, result in results:
+    widest_first = sorted(results, key=lambda pair: -DTYPES[pair[0].dtype].itemsize)  # stable: else in their order
+    first: dict[tuple[object, ...], tuple[Case, list[Tensor]]] = {}
+    errors: dict[Case, float] = {}
+    for case, result in widest_first:
         known, expected = first.setdefault(result_key(case), (case, result))
-        error, scale = (result - expected).abs().max().item(), expected.abs().max().item()
-        if not error <= AGREEMENT * scale:  # NaN fails too
-            raise RuntimeError(
-                f"{case} and {known} must compute the same and differ by {error:.1e} where the largest value is "
-                f"{scale:.1e}: nothing was timed"
-            )
+        if known == case:
+            continue
+        for index, (mine, its) in enumerate(zip(result, expected, strict=True)):
+            error, scale = (mine.double() - its).abs().max().item(), its.abs().max().item()
+            if not error <= AGREEMENT[case.dtype] * scale:  # NaN fails too
+                what = f"gradient {index}" if index else "output"
+                raise RuntimeError(
+                    f"{case} and {known} must compute the same and their {what} differs by {error:.1e} where the "
+                    f"largest value is {scale:.1e}: nothing was timed"
+                )
+            errors[case] = max(errors.get(case, 0.0), error / scale if scale else 0.0)
+    return errors
 
 
 def run_comparison(name: str, comparison: Comparison, say: Callable[[str], None] = lambda _: None) -> Outcome:
@@ -127,7 +155,7 @@ def run_comparison(name: str, comparison: Comparison, say: Callable[[str], None]
     `say` is told what is being done. torch's number of threads is put back at the end.
 
     Raises:
-        RuntimeError: cases that must compute the same do not, a path cannot run here, or memory ran out.
+        RuntimeError: cases that must compute the same do not, one cannot run or compile here, or memory ran out.
     """
     memory: dict[Case, Memory | None] = dict.fromkeys(comparison.cases)
     if comparison.memory:
@@ -137,21 +165,23 @@ def run_comparison(name: str, comparison: Comparison, say: Callable[[str], None]
     before = torch.get_num_threads()
     torch.set_num_threads(comparison.threads)
     try:
-        with torch.inference_mode():
-            say(f"{name}: warm-up")
-            entries = [Entry(PATHS[case.path], build(case)) for case in comparison.cases]
-            check_agreement(zip(comparison.cases, map(_warm_up, entries), strict=True))
-            say(f"{name}: {comparison.rounds} rounds, threads: {comparison.threads}")
-            seconds = interleave(entries, comparison.rounds)
+        say(f"{name}: warm-up")
+        works = [(case, build(case)) for case in comparison.cases]
+        errors = check_agreement([(case, _warm_up(case, work)) for case, work in works])
+        say(f"{name}: {comparison.rounds} rounds, threads: {comparison.threads}")
+        entries = [Entry(partial(surroundings, case), work.call) for case, work in works]
+        seconds = interleave(entries, comparison.rounds)
     finally:
         torch.set_num_threads(before)
-    results = tuple(Result(case, times, memory[case]) for case, times in zip(comparison.cases, seconds, strict=True))
+    results = tuple(
+        Result(case, times, memory[case], errors.get(case))
+        for case, times in zip(comparison.cases, seconds, strict=True)
+    )
     return Outcome(name, comparison, results)
 
 
-def _warm_up(entry: Entry) -> Tensor:
-    with entry.path():
-        entry.call()
-        result = entry.call()
-    assert isinstance(result, Tensor)
-    return result
+def _warm_up(case: Case, work: Work) -> list[Tensor]:
+    """Call twice; what the second call computed, not shared with the calls to come."""
+    with surroundings(case):
+        work.call()
+        return [value.clone() for value in work.result()]

@@ -1,4 +1,4 @@
-"""What can be measured, by name: builders that turn a case into a call. fp32, inference, random weights and inputs.
+"""What can be measured, by name: what turns a case into a call. Random weights and inputs, the same for every build.
 
 b batch, d channels, l length, n state
 """
@@ -8,20 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import models_mamba  # noqa: F401  (registers Vim with timm)
+from benchmarks import peers
 from benchmarks.cases import Case
+from benchmarks.work import Recipe, Work
 from blocks import create_block
 from causal_conv1d import causal_conv1d_fn
+from mamba_ssm.modules.mamba_simple import Mamba
+from mamba_ssm.ops.mamba_inner import DirectionParameters, bidirectional_inner
 from mamba_ssm.ops.norm import rms_norm_fn
-from mamba_ssm.ops.selective_scan import bidirectional_scan, selective_scan_fn
+from mamba_ssm.ops.selective_scan import FAMILY, bidirectional_scan, selective_scan_fn
 
-Call = Callable[[], Tensor]
 # Vim-Tiny: features of the tokens, channels of its scans, their state, width of its convolutions, pixels of a patch
 FEATURES, CHANNELS, STATE, WIDTH, PATCH = 192, 384, 16, 4, 16
 
@@ -32,24 +37,46 @@ class Subject:
 
     Attributes:
         title: its name, for people.
-        build: makes the call to be timed; draws weights and inputs from torch's generator.
+        build: makes the fp32 recipe of a case; draws weights and inputs from torch's generator.
         computes: subjects that share it compute the same from the same draws; their results are compared.
+        package: the package of others that it needs, one of `requirements/peers.txt`.
+        states: state updates per channel and token, for subjects that are counted in those.
     """
 
     title: str
-    build: Callable[[Case], Call]
+    build: Callable[[Case], Recipe]
     computes: str = field(default="")
+    package: str | None = None
+    states: int = 0
+
+    def elements(self, case: Case) -> int:
+        """How many (b, d, l, n) there are."""
+        return case.batch * CHANNELS * tokens(case.pixels) * self.states
 
 
-def build(case: Case) -> Call:
-    """The call that a case measures; equal weights and inputs at every build."""
+def build(case: Case) -> Work:
+    """The work that a case measures; equal weights and inputs at every build.
+
+    Raises:
+        RuntimeError: a package that it needs cannot be used.
+    """
     torch.manual_seed(0)
-    return SUBJECTS[case.subject].build(case)
+    return Work.of(SUBJECTS[case.subject].build(case), case)
 
 
-def result_key(case: Case) -> tuple[str, int, int]:
+def result_key(case: Case) -> tuple[str, int, int, bool]:
     """Cases with one key must compute one result."""
-    return SUBJECTS[case.subject].computes or case.subject, case.pixels, case.batch
+    return SUBJECTS[case.subject].computes or case.subject, case.pixels, case.batch, case.mode == "train"
+
+
+def missing(case: Case) -> str | None:
+    """Why a case cannot run here and what mends it, as a clause; None where it can."""
+    package = SUBJECTS[case.subject].package
+    if package is not None and find_spec(package) is None:
+        return f"{package} is not installed; `pip install -r requirements/peers.txt` installs it"
+    if case.path != "native" or FAMILY.missing("native") is None:
+        return None
+    return f"the compiled kernels cannot run here: {FAMILY.missing('native')}"
 
 
 def tokens(pixels: int) -> int:
@@ -60,19 +87,29 @@ def tokens(pixels: int) -> int:
 # --- networks -------------------------------------------------------------------------------------------------------
 
 
-def _network(name: str, case: Case) -> Call:
+def _network(name: str, case: Case) -> Recipe:
     model = timm.create_model(name, img_size=case.pixels).eval()
     picture = torch.randn(case.batch, 3, case.pixels, case.pixels)
-    return partial(model, picture)
+    return Recipe(model, (picture,), model, only_parameters=True)
 
 
-def _block(case: Case) -> Call:
+def _block(case: Case) -> Recipe:
     block = create_block(
         FEATURES, d_state=STATE, rms_norm=True, residual_in_fp32=True, fused_add_norm=True, layer_idx=0,
         bimamba_type="v2", if_divide_out=True,
     ).eval()  # fmt: skip
-    hidden, residual = torch.randn(2, case.batch, tokens(case.pixels), FEATURES).unbind()
-    return lambda: block(hidden, residual)[0]
+    return Recipe(lambda hidden, residual: block(hidden, residual)[0], _two_streams(case), block)
+
+
+def _two_streams(case: Case) -> tuple[Tensor, ...]:
+    return torch.randn(2, case.batch, tokens(case.pixels), FEATURES).unbind()
+
+
+def _mixer(wrap: Callable[[Mamba], nn.Module], case: Case) -> Recipe:
+    """A mixer of one direction; `wrap` may put its weights into one of another package."""
+    hidden = torch.randn(case.batch, tokens(case.pixels), FEATURES)
+    mixer = wrap(Mamba(FEATURES, d_state=STATE, d_conv=WIDTH)).eval()
+    return Recipe(mixer, (hidden,), mixer)
 
 
 # --- ops ------------------------------------------------------------------------------------------------------------
@@ -92,49 +129,88 @@ def _direction(case: Case) -> tuple[Tensor, ...]:
     return u, delta, A, B, C, torch.ones(CHANNELS), step + torch.log(-torch.expm1(-step))
 
 
-def _scan(case: Case) -> Call:
+def _scan(make: Callable[[], Callable[..., Any]], case: Case) -> Recipe:
+    """A scan with softplus, skip and gate; `make` gives what takes (u, delta, A, B, C, D, z, delta_bias)."""
     *scanned, bias = _direction(case)
-    return partial(_only_output, selective_scan_fn, *scanned, _sequence(case), bias, True)
+    arguments = (*scanned, _sequence(case), bias)
+    return Recipe(make(), arguments)
 
 
-def _only_output(function: Callable[..., Tensor | tuple[Tensor, Tensor]], *arguments: object) -> Tensor:
-    out = function(*arguments)
-    assert isinstance(out, Tensor)  # no states were asked for
-    return out
+def _own_scan() -> Callable[..., Any]:
+    return partial(selective_scan_fn, delta_softplus=True)
 
 
-def _bidirectional_scan(case: Case) -> Call:
-    return partial(bidirectional_scan, _direction(case), _direction(case), _sequence(case), True)
+def _bidirectional_scan(case: Case) -> Recipe:
+    ahead, back = _direction(case), _direction(case)
+
+    def run(z: Tensor, *both: Tensor) -> Tensor:
+        return bidirectional_scan(both[: len(ahead)], both[len(ahead) :], z, True)
+
+    return Recipe(run, (_sequence(case), *ahead, *back))
+
+
+def _inner(case: Case) -> Recipe:
+    mixer = Mamba(FEATURES, d_state=STATE, d_conv=WIDTH, bimamba_type="v2")
+    ahead, back = _direction_of(mixer, ""), _direction_of(mixer, "_b")
+
+    def run(xz: Tensor, *both: Tensor) -> Tensor:
+        one, two = DirectionParameters(*both[: len(ahead)]), DirectionParameters(*both[len(ahead) :])
+        return bidirectional_inner(xz, one, two, 0.5)
+
+    return Recipe(run, (_sequence(case, 2 * CHANNELS), *ahead, *back))
+
+
+def _direction_of(mixer: Mamba, end: str) -> list[Tensor]:
+    """The fields of `DirectionParameters` of the direction whose parameters' names have this ending."""
+    parts = (
+        "conv1d{}.weight",
+        "conv1d{}.bias",
+        "x_proj{}.weight",
+        "dt_proj{}.weight",
+        "A{}_log",
+        "D{}",
+        "dt_proj{}.bias",
+    )
+    return [mixer.get_parameter(part.format(end)).detach() for part in parts]
 
 
 def _taps(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return _sequence(case), torch.randn(CHANNELS, WIDTH), torch.randn(CHANNELS)
 
 
-def _conv(case: Case) -> Call:
-    x, weight, bias = _taps(case)
-    return lambda: _only_output(causal_conv1d_fn, x, weight, bias, None, None, False, None, "silu")
+def _conv(case: Case) -> Recipe:
+    return Recipe(partial(causal_conv1d_fn, activation="silu"), _taps(case))
 
 
-def _conv_grouped(case: Case) -> Call:
-    x, weight, bias = _taps(case)
-    length = x.shape[-1]
-    return lambda: F.silu(F.conv1d(x, weight[:, None], bias, padding=WIDTH - 1, groups=CHANNELS)[..., :length])
+def _conv_grouped(case: Case) -> Recipe:
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        padded = F.conv1d(x, weight[:, None], bias, padding=WIDTH - 1, groups=CHANNELS)
+        return F.silu(padded[..., : x.shape[-1]])
+
+    return Recipe(run, _taps(case))
 
 
-def _norm_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    branch, residual = torch.randn(2, case.batch, tokens(case.pixels), FEATURES).unbind()
-    return branch, residual, torch.randn(FEATURES)
+def _copy(case: Case) -> Recipe:
+    """What any op on such a sequence costs at least: reading it once and writing as much."""
+    sequence = _sequence(case)
+    return Recipe(lambda target, source: target.copy_(source), (torch.empty_like(sequence), sequence))
 
 
-def _norm(case: Case) -> Call:
-    branch, residual, weight = _norm_inputs(case)
-    return lambda: rms_norm_fn(branch, weight, None, residual=residual, eps=1e-5, prenorm=True)[0]
+def _norm(case: Case) -> Recipe:
+    def run(branch: Tensor, residual: Tensor, weight: Tensor) -> Any:
+        return rms_norm_fn(branch, weight, None, residual=residual, eps=1e-5, prenorm=True)[0]
+
+    return Recipe(run, (*_two_streams(case), torch.randn(FEATURES)))
 
 
-def _norm_builtin(case: Case) -> Call:
-    branch, residual, weight = _norm_inputs(case)
-    return lambda: F.rms_norm(branch + residual, (FEATURES,), weight, 1e-5)
+def _norm_builtin(case: Case) -> Recipe:
+    def run(branch: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(branch + residual, (FEATURES,), weight, 1e-5)
+
+    return Recipe(run, (*_two_streams(case), torch.randn(FEATURES)))
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
 
 
 def _networks() -> dict[str, Subject]:
@@ -146,13 +222,31 @@ def _networks() -> dict[str, Subject]:
     return table
 
 
+def _of_others() -> dict[str, Subject]:
+    scan, mixer = partial(Subject, computes="scan", states=STATE), partial(Subject, computes="mixer")
+    parallel = partial(peers.mambapy_scan, FEATURES)
+    sequential = partial(peers.mambapy_scan, FEATURES, parallel=False)
+    return {
+        "mambapy_scan": scan("mambapy's scan", partial(_scan, parallel), package="mambapy"),
+        "mambapy_scan_sequential": scan("mambapy's sequential scan", partial(_scan, sequential), package="mambapy"),
+        "mambapy_mixer": mixer("mambapy's mixer", partial(_mixer, peers.mambapy_mixer), package="mambapy"),
+        "transformers_mixer": mixer(
+            "transformers' mixer", partial(_mixer, peers.transformers_mixer), package="transformers"
+        ),
+    }
+
+
 SUBJECTS = {
     **_networks(),
     "block": Subject("block", _block),
-    "scan": Subject("scan", _scan),
-    "bidirectional_scan": Subject("both scans", _bidirectional_scan),
+    "mixer": Subject("mixer", partial(_mixer, lambda own: own)),
+    "inner": Subject("inside of a block", _inner, states=2 * STATE),
+    "scan": Subject("scan", partial(_scan, _own_scan), states=STATE),
+    "bidirectional_scan": Subject("both scans", _bidirectional_scan, states=2 * STATE),
     "conv": Subject("convolution", _conv),
     "conv_grouped": Subject("torch's grouped conv1d", _conv_grouped, computes="conv"),
+    "copy": Subject("copy of the sequence", _copy),
     "norm": Subject("add and norm", _norm),
     "norm_builtin": Subject("torch's rms_norm after an addition", _norm_builtin, computes="norm"),
+    **_of_others(),
 }
