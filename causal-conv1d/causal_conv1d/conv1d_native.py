@@ -17,12 +17,17 @@ def conv1d(
     """The op `causal_conv1d::conv1d`, or None for what the kernels do not do: fp64 and `seq_idx`."""
     if seq_idx is not None or not _runs(x, weight):
         return None
-    call = Call(_activations(x))
-    out = torch.empty_like(x, dtype=call.dtype)
+    out = torch.empty_like(x, dtype=_activations(x))
+    conv1d_into(out, x, weight, bias, silu, reverse)
+    return out.to(x.dtype)
+
+
+def conv1d_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> None:
+    """`conv1d` written to a tensor (b, d, l) of fp32 or bf16, in whose dtype x is read."""
+    call = Call(out.dtype)
     call.sequence(x).sequence(out).parameter(weight).parameter(bias)
     call.integers(*x.shape, weight.shape[1], silu, reverse)
     call.run(LIBRARY, "conv1d")
-    return out.to(x.dtype)
 
 
 def conv1d_backward(
@@ -31,15 +36,35 @@ def conv1d_backward(
     """The op `causal_conv1d::conv1d_backward`, or None for what the kernels do not do: fp64 and `seq_idx`."""
     if seq_idx is not None or not _runs(x, weight):
         return None
-    channels, width = weight.shape
-    call = Call(_activations(x))
-    dx, sums = torch.empty_like(x, dtype=call.dtype), torch.empty((channels, width + 1))
-    call.sequence(x).sequence(dout).sequence(dx).parameter(weight).parameter(bias).address(sums)
-    call.integers(*x.shape, width, silu, reverse)
-    call.run(LIBRARY, "conv1d_backward")
-    dweight = weight.new_empty(weight.shape).copy_(sums[:, :width])
-    dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias).copy_(sums[:, width])
+    dx = torch.empty_like(x, dtype=_activations(x))
+    sums = conv1d_backward_into(dx, dout, x, weight, bias, silu, reverse)
+    dweight = weight.new_empty(weight.shape).copy_(sums[:, :-1])
+    dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias).copy_(sums[:, -1])
     return dx.to(x.dtype), dweight, dbias
+
+
+def conv1d_backward_into(
+    dx: Tensor,
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    reverse: bool,
+    accumulate: bool = False,
+) -> Tensor:
+    """The gradient of x, written or added to a tensor (b, d, l) of fp32 or bf16, in whose dtype the others are read.
+
+    Returns:
+        The gradients of the taps and, in the last column, of the bias: (d, w + 1), fp32.
+    """
+    channels, width = weight.shape
+    sums = torch.empty((channels, width + 1))
+    call = Call(dx.dtype)
+    call.sequence(x).sequence(dout).sequence(dx).parameter(weight).parameter(bias).address(sums)
+    call.integers(*x.shape, width, silu, reverse, accumulate)
+    call.run(LIBRARY, "conv1d_backward")
+    return sums
 
 
 def conv1d_update(

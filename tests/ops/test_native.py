@@ -26,7 +26,7 @@ from mamba_ssm.ops.mamba_inner import DirectionParameters, bidirectional_inner
 from mamba_ssm.ops.norm import RMSNorm, layer_norm_fn
 from mamba_ssm.ops.selective_scan import selective_scan_fn, selective_scan_ref
 from mamba_ssm.ops.selective_scan_torch import Direction
-from tolerances import RELATIVE, assert_close
+from tolerances import RELATIVE, assert_close, relative_error
 
 pytestmark = pytest.mark.skipif(
     any(family.missing("native") is not None for family in backends.families()),
@@ -406,6 +406,59 @@ def test_gradients_come_from_the_kernels_whatever_the_threads(name: str, threads
         threads(count)
         for value, first in zip(gradients(op, *arguments), alone, strict=True):
             assert torch.equal(value, first)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "inner", "length", "states", "rank", "width"),
+    [(2, 24, 33, 16, 2, 4), (1, 5, 1, 3, 1, 1), (3, 70, 97, 5, 3, 7)],
+)
+def test_gradients_of_the_inner(
+    batch: int, inner: int, length: int, states: int, rank: int, width: int, bare: bool, count: int, threads
+) -> None:
+    threads(count)
+    arguments = inner_arguments(batch, inner, length, states, rank, width, bare)
+
+    def run(dtype: torch.dtype, backend: str) -> tuple[Tensor, list[Tensor]]:
+        xz, *directions = arguments
+        leaves = [xz.to(dtype).detach().requires_grad_()]
+        wide = []
+        for direction in directions:
+            wide.append(DirectionParameters(*[None if p is None else p.to(dtype).requires_grad_() for p in direction]))
+            leaves += [p for p in wide[-1] if p is not None]
+        with use_backend(backend):
+            out = bidirectional_inner(leaves[0], *wide, 0.5)
+            dout = torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape)
+            return out, list(torch.autograd.grad(out, leaves, dout))
+
+    with count_calls() as calls:
+        out, found = run(torch.float32, "native")
+    assert calls == ["conv1d", "conv1d", "selective_scan", "selective_scan_backward"] + 2 * ["conv1d_backward"]
+    expected, wide = run(torch.float64, "torch")
+    assert_close(out, expected, torch.float32)
+    # Through all parts of a block, a gradient may be a small sum of large terms: there PyTorch's kernels are no nearer.
+    for value, reference, other in zip(found, wide, run(torch.float32, "torch")[1], strict=True):
+        assert_close(value, reference, limit=max(2 * RELATIVE[torch.float32], 2 * relative_error(other, reference)))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own clones
+def test_inner_with_gradients_is_one_op_of_its_schema() -> None:
+    xz, first, second = inner_arguments(2, 6, 40, 3, 2, 4, False)
+    xz, *parameters = (value.detach().contiguous().requires_grad_() for value in (xz, *first, *second))
+    torch.library.opcheck(torch.ops.mamba_ssm.bidirectional_inner_keeping, (xz, *parameters, 0.5))
+
+
+@pytest.mark.parametrize("name", ["CAUSAL_CONV1D", "SELECTIVE_SCAN"])
+def test_either_family_can_be_forced_alone(name: str) -> None:
+    """With one of the two in pure PyTorch a block with gradients is composed of the ops of its parts."""
+    family = next(each for each in backends.families() if each.variable.startswith(name))
+    xz, first, second = inner_arguments(1, 6, 9, 3, 2, 4, False)
+    xz.requires_grad_()
+    with patch.object(family, "_forced", True), count_calls() as calls:
+        bidirectional_inner(xz, first, second, 0.5).sum().backward()
+    other = "selective_scan" if name == "CAUSAL_CONV1D" else "conv1d"
+    assert set(calls) == {other, f"{other}_backward"}
 
 
 def test_update_runs_on_the_kernel() -> None:

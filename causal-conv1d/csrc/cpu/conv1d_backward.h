@@ -33,7 +33,7 @@ struct ConvBackward {
     const Sequence<const T> &x, &dout;
     const Sequence<T> &dx;
     int64_t width, length;
-    bool activate;
+    bool activate, accumulate;
     const ConvBackwardWork &work;
     int64_t b, first, last;
 
@@ -62,38 +62,64 @@ struct ConvBackward {
         return rows;
     }
 
-    // work.g and the rows behind it, `after` of them at most w - 1, as dx.
-    void write_dx(int64_t d, int64_t start, int64_t tokens) const {
-        const float *packed = work.packed + (d - first) * (width + 1);
-        const Target<T> target{dx.at(b, d, start), dx.channel, dx.token, lanes(d), work.y};
-        float *to = target.rows();
-        const int64_t step = target.step();
+    // WIDTH 0: any.
+    template <int WIDTH>
+    void correlate(Rows before, const float *packed, int64_t tokens, float *to, int64_t step) const {
+        const int64_t taps = WIDTH ? WIDTH : width;
         for (int64_t t = 0; t < tokens; ++t) {
-            Vec sum = broadcast(0.0f);
-            for (int64_t k = 0; k < width; ++k) {
-                sum = fma(load(work.g + (t + width - 1 - k) * LANES), load(packed + k * LANES), sum);
+            Vec sum = before[t];
+            for (int64_t k = 0; k < taps; ++k) {
+                sum = fma(load(work.g + (t + taps - 1 - k) * LANES), load(packed + k * LANES), sum);
             }
             store(to + t * step, sum);
         }
+    }
+
+    // dx from work.g and the w - 1 rows behind it. Overwrites work.x.
+    void write_dx(int64_t d, int64_t start, int64_t tokens) const {
+        const float *packed = work.packed + (d - first) * (width + 1);
+        const Target<T> target{dx.at(b, d, start), dx.channel, dx.token, lanes(d), work.y};
+        Rows before{work.x, 0};
+        if (accumulate) before = rows_of(dx.at(b, d, start), dx.channel, dx.token, lanes(d), tokens, work.x);
+        else store(work.x, broadcast(0.0f));
+        if (width == 4) correlate<4>(before, packed, tokens, target.rows(), target.step());
+        else correlate<0>(before, packed, tokens, target.rows(), target.step());
         target.written(tokens);
     }
 
+    // COUNT sums from the tap `first` on, of tokens whose rows of x are all there.
+    template <int COUNT>
+    void add_sums_from(int64_t first_tap, int64_t begin, int64_t tokens, Rows rows, float *sums) const {
+        Vec total[2 * COUNT];
+        for (Vec &each : total) each = broadcast(0.0f);
+        int64_t t = begin;
+        for (; t + 2 <= tokens; t += 2) {
+            const Vec g = load(work.g + t * LANES), next = load(work.g + (t + 1) * LANES);
+            for (int k = 0; k < COUNT; ++k) {
+                const int64_t from = t + first_tap + k - (width - 1);
+                total[2 * k] = fma(g, rows[from], total[2 * k]);
+                total[2 * k + 1] = fma(next, rows[from + 1], total[2 * k + 1]);
+            }
+        }
+        for (; t < tokens; ++t) {
+            const Vec g = load(work.g + t * LANES);
+            for (int k = 0; k < COUNT; ++k) total[2 * k] = fma(g, rows[t + first_tap + k - (width - 1)], total[2 * k]);
+        }
+        for (int k = 0; k < COUNT; ++k) {
+            float *to = sums + (first_tap + k) * LANES;
+            store(to, load(to) + (total[2 * k] + total[2 * k + 1]));
+        }
+    }
+
     void add_sums_of(int64_t d, int64_t start, int64_t tokens, Rows rows) const {
-        float *sums = work.sums + (d - first) * (width + 1);
-        for (int64_t k = 0; k <= width; ++k) {  // the last one is the bias
-            const int64_t shift = k - (width - 1), early = k < width ? -(start + shift) : 0;
-            const int64_t skipped = early < 0 ? 0 : early < tokens ? early : tokens;  // x before the first is zero
-            Vec total[GROUP];
-            for (Vec &each : total) each = broadcast(0.0f);
-            in_groups(tokens - skipped, [&](int64_t i, auto count) {
-                for (int j = 0; j < decltype(count)::value; ++j) {
-                    const int64_t t = skipped + i + j;
-                    const Vec g = load(work.g + t * LANES);
-                    total[j] = k < width ? fma(g, rows[t + shift], total[j]) : total[j] + g;
-                }
-            });
-            float *to = sums + k * LANES;
-            store(to, load(to) + ((total[0] + total[1]) + (total[2] + total[3])));
+        float *sums = work.sums + (d - first) * (width + 1), *bias = sums + width * LANES;
+        Vec total = broadcast(0.0f);
+        for (int64_t t = 0; t < tokens; ++t) total = total + load(work.g + t * LANES);
+        store(bias, load(bias) + total);
+        if (width == 4 && start >= width - 1) return add_sums_from<4>(0, 0, tokens, rows, sums);
+        for (int64_t k = 0; k < width; ++k) {
+            const int64_t early = width - 1 - k - start, missing = early < 0 ? 0 : early;  // x before the first is zero
+            if (missing < tokens) add_sums_from<1>(k, missing, tokens, rows, sums);
         }
     }
 
@@ -117,19 +143,19 @@ struct ConvBackward {
                 float *behind = work.behind + (d - first) * width;
                 const Rows rows = slopes(d, start, tokens);
                 memcpy(work.g + tokens * LANES, behind, history);
-                write_dx(d, start, tokens);
                 add_sums_of(d, start, tokens, rows);
+                write_dx(d, start, tokens);
                 memcpy(behind, work.g, history);
             }
         }
     }
 };
 
-// `sums`: (d, w + 1), the gradients of the taps and of the bias.
+// `sums`: (d, w + 1), the gradients of the taps and of the bias. `accumulate`: add to what dx holds.
 template <class T>
 int conv1d_backward_of_all(Sequence<const T> x, Sequence<const T> dout, Sequence<T> dx, const Taps &taps, float *sums,
                            int64_t batch, int64_t channels, int64_t length, bool activate, bool reverse,
-                           const Threads &threads) {
+                           bool accumulate, const Threads &threads) {
     if (reverse) {
         x = x.reversed(length);
         dout = dout.reversed(length);
@@ -145,7 +171,7 @@ int conv1d_backward_of_all(Sequence<const T> x, Sequence<const T> dout, Sequence
         const int64_t part = task / slices, first = task % slices * CONV_CHANNELS;
         const int64_t last = first + CONV_CHANNELS < channels ? first + CONV_CHANNELS : channels;
         const ConvBackwardWork work({memory.data() + worker * floats}, taps.width);
-        const ConvBackward<T> one{x, dout, dx, taps.width, length, activate, work, part / pieces, first, last};
+        const ConvBackward<T> one{x, dout, dx, taps.width, length, activate, accumulate, work, part / pieces, first, last};
         const int64_t piece = part % pieces;
         memset(work.sums, 0, static_cast<size_t>(CONV_CHANNELS * record) * sizeof(float));
         one.run(taps, piece * length / pieces, (piece + 1) * length / pieces);

@@ -33,10 +33,10 @@ int conv1d_backward_of(Arguments &a, Threads threads) {
     const float *weight = a.pointer<const float>(), *bias = a.pointer<const float>();
     float *sums = a.pointer<float>();
     const int64_t batch = a.integer(), channels = a.integer(), length = a.integer(), width = a.integer();
-    const bool activate = a.integer() != 0, reverse = a.integer() != 0;
+    const bool activate = a.integer() != 0, reverse = a.integer() != 0, accumulate = a.integer() != 0;
     if (!a.complete()) return WRONG_ARGUMENTS;
     return conv1d_backward_of_all(x, dout, dx, Taps{weight, bias, width}, sums, batch, channels, length, activate,
-                                  reverse, threads);
+                                  reverse, accumulate, threads);
 }
 
 int conv1d_backward(Arguments &a) {

@@ -2,8 +2,8 @@
 // with SIMD_AVX512, SIMD_AVX2 or SIMD_NEON defined, or none of them for plain C++.
 //
 // `Vec` holds `Vec::width` floats. `Vec::registers` is how many of them the machine keeps. `add_bits` and `larger_bits`
-// take the lanes as integers; `add_sums` adds the sum of each of four vectors' lanes to a number of its
-// own; bf16 is stored to the nearest, ties to even, and a NaN stays one.
+// take the lanes as integers; `by_sign` chooses between two by the sign bit; `add_sums` adds the sum of each of four
+// vectors' lanes to a number of its own; bf16 is stored to the nearest, ties to even, and a NaN stays one.
 
 #if defined(SIMD_AVX512) || defined(SIMD_AVX2)
 // Like the instruction hadd, which takes twice as long on some machines.
@@ -29,6 +29,9 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
 inline Vec larger(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec smaller(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Vec by_sign(Vec sign, Vec positive, Vec negative) {
+    return {_mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(sign.v)), positive.v, negative.v)};
+}
 inline Vec negative_magnitude(Vec a) {
     return {_mm512_castsi512_ps(_mm512_or_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(INT32_MIN)))};
 }
@@ -105,6 +108,9 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
 inline Vec larger(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec smaller(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vec by_sign(Vec sign, Vec positive, Vec negative) {
+    return {_mm256_blendv_ps(positive.v, negative.v, sign.v)};
+}
 inline Vec negative_magnitude(Vec a) { return {_mm256_or_ps(a.v, _mm256_set1_ps(-0.0f))}; }
 inline Vec into_exponent(Vec a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))}; }
 inline bool all_at_most(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)) == 0xFF; }
@@ -174,6 +180,9 @@ inline Vec fnma(Vec a, Vec b, Vec c) { return {vfmsq_f32(c.v, a.v, b.v)}; }
 // Like x86: b where either is NaN or they are equal.
 inline Vec larger(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
 inline Vec smaller(Vec a, Vec b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
+inline Vec by_sign(Vec sign, Vec positive, Vec negative) {
+    return {vbslq_f32(vcltzq_s32(vreinterpretq_s32_f32(sign.v)), negative.v, positive.v)};
+}
 inline Vec negative_magnitude(Vec a) { return {vnegq_f32(vabsq_f32(a.v))}; }
 inline Vec into_exponent(Vec a) { return {vreinterpretq_f32_s32(vshlq_n_s32(vreinterpretq_s32_f32(a.v), 23))}; }
 inline bool all_at_most(Vec a, Vec b) { return vminvq_u32(vcleq_f32(a.v, b.v)) != 0; }
@@ -237,6 +246,9 @@ inline Vec fma(Vec a, Vec b, Vec c) { EACH_LANE(a.v[i] * b.v[i] + c.v[i]); }
 inline Vec fnma(Vec a, Vec b, Vec c) { EACH_LANE(c.v[i] - a.v[i] * b.v[i]); }
 inline Vec larger(Vec a, Vec b) { EACH_LANE(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 inline Vec smaller(Vec a, Vec b) { EACH_LANE(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+inline Vec by_sign(Vec sign, Vec positive, Vec negative) {
+    EACH_LANE(bits_of(sign.v[i]) >> 31 ? negative.v[i] : positive.v[i]);
+}
 inline Vec negative_magnitude(Vec a) { EACH_LANE(float_of(bits_of(a.v[i]) | 0x80000000u)); }
 inline Vec into_exponent(Vec a) { EACH_LANE(float_of(bits_of(a.v[i]) << 23)); }
 inline bool all_at_most(Vec a, Vec b) {
@@ -354,17 +366,34 @@ inline void exp_each(Vec *x) {
 // log(1 + e^x) = max(x, 0) + log(1 + w), w = e^-|x|: no cancellation, no overflow. log(1 + w) / w on [0, 1] is a
 // polynomial with the constant term 1, within 1.6e-7: no division.
 template <int COUNT>
-inline void softplus_each(Vec *x) {
+inline void softplus_of_exp(const Vec *w, Vec *x) {
     static const float terms[] = {1.0f, -0.499999017f, 0.333299637f, -0.249541342f, 0.196759403f, -0.153055936f,
                                   0.106036566f, -0.0569595434f, 0.0198514648f};
-    Vec w[COUNT], p[COUNT];
-    for (int i = 0; i < COUNT; ++i) w[i] = negative_magnitude(x[i]);
-    exp_each<COUNT>(w);
+    Vec p[COUNT];
     for (int i = 0; i < COUNT; ++i) p[i] = broadcast(-0.0032440254f);
     for (int k = 8; k >= 0; --k) {
         for (int i = 0; i < COUNT; ++i) p[i] = fma(p[i], w[i], broadcast(terms[k]));
     }
     for (int i = 0; i < COUNT; ++i) x[i] = fma(p[i], w[i], larger(broadcast(0.0f), x[i]));
+}
+
+template <int COUNT>
+inline void softplus_each(Vec *x) {
+    Vec w[COUNT];
+    for (int i = 0; i < COUNT; ++i) w[i] = negative_magnitude(x[i]);
+    exp_each<COUNT>(w);
+    softplus_of_exp<COUNT>(w, x);
+}
+
+// The softplus and its derivative, 1 / (1 + e^-x) = (1 or, below zero, w) / (1 + w).
+template <int COUNT>
+inline void softplus_and_slope_each(Vec *x, Vec *slope) {
+    Vec w[COUNT];
+    const Vec one = broadcast(1.0f);
+    for (int i = 0; i < COUNT; ++i) w[i] = negative_magnitude(x[i]);
+    exp_each<COUNT>(w);
+    for (int i = 0; i < COUNT; ++i) slope[i] = by_sign(x[i], one, w[i]) / (one + w[i]);
+    softplus_of_exp<COUNT>(w, x);
 }
 
 // 1 + e^-x: what a sigmoid divides by.

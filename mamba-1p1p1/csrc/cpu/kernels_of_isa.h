@@ -89,6 +89,7 @@ int selective_scan_backward_of(Arguments &a, Threads threads) {
     const Sequence<T> dz = sequence<T>(a);
     in.last = a.pointer<const float>();
     in.states = a.pointer<const float>();
+    in.scale = static_cast<float>(a.number());
     if (sizes.directions > DIRECTIONS) return WRONG_ARGUMENTS;
     Given<T> directions[DIRECTIONS];
     Gradients<T> gradients[DIRECTIONS];
@@ -98,6 +99,8 @@ int selective_scan_backward_of(Arguments &a, Threads threads) {
         gradients[s].delta = sequence<T>(a);
         gradients[s].B = a.pointer<float>();
         gradients[s].C = a.pointer<float>();
+        gradients[s].row = a.integer();
+        gradients[s].outer = a.integer();
         gradients[s].parameters = a.pointer<float>();
     }
     if (!a.complete()) return WRONG_ARGUMENTS;

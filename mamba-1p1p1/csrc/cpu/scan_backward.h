@@ -17,13 +17,13 @@ constexpr int64_t BACKWARD_CHANNELS = 64;  // of a task; a multiple of every LAN
 // What one direction stages for a vector of channels and a chunk: (CHUNK, LANES) each.
 struct Slopes {
     static constexpr int64_t COUNT = 9;
-    float *dt, *raw, *u, *weighted;  // delta before the softplus is `raw`
-    float *dy, *slope, *y;           // dz = slope * y
+    float *dt, *rise, *u, *weighted;  // ddelta = rise * ddt: the derivative of the softplus
+    float *dy, *slope, *y;            // dz = slope * y
     float *through_input, *through_decay;
     float *reach;  // (LANES,), as of `Staged`
 
     explicit Slopes(Cursor &memory) {
-        float **const all[COUNT] = {&dt, &raw, &u, &weighted, &dy, &slope, &y, &through_input, &through_decay};
+        float **const all[COUNT] = {&dt, &rise, &u, &weighted, &dy, &slope, &y, &through_input, &through_decay};
         for (float **each : all) *each = memory.take(CHUNK * LANES);
         reach = memory.take(LANES);
     }
@@ -145,7 +145,8 @@ inline SweepBack sweep_back_for(bool constant_b, bool constant_c) {
 template <class T>
 struct Gradients {
     Sequence<T> u, delta;
-    float *B, *C;       // (b, g, l, n) of varying ones
+    float *B, *C;  // of varying ones: (b, g, l, n), n contiguous, a distance `row` apart along l, `outer` along (b, g)
+    int64_t row, outer;
     float *parameters;  // A, then constant B and constant C, (d, n) each, then D and delta_bias, (d,) each
 };
 
@@ -156,6 +157,7 @@ struct Incoming {
     Sequence<const T> out;
     Sequence<const T> z;  // data may be null: no gate
     const float *last, *states;
+    float scale;  // what the output was multiplied with
 };
 
 // The memory of a worker, for `blocks` vectors of channels.
@@ -234,18 +236,18 @@ struct BackwardPart {
         const Vec shift = given.bias ? load_lanes(given.bias + d, 1, lanes) : broadcast(0.0f);
         Vec reach = broadcast(0.0f);
         read(given.u, d, lanes, start, tokens, at.u);
-        read(given.delta, d, lanes, start, tokens, at.raw);
+        read(given.delta, d, lanes, start, tokens, at.dt);
         read(in.out, d, lanes, start, tokens, at.dy);
         if (in.z.data) read(in.z, d, lanes, start, tokens, at.slope);
         in_groups(tokens, [&](int64_t t, auto count) {
             constexpr int n = decltype(count)::value;
             const auto row = [&](float *tile, int i) { return tile + (t + i) * LANES; };
-            Vec dt[n], z[n], divisors[n];
-            for (int i = 0; i < n; ++i) {
-                dt[i] = load(row(at.raw, i)) + shift;
-                store(row(at.raw, i), dt[i]);
+            Vec dt[n], rise[n], z[n], divisors[n];
+            for (int i = 0; i < n; ++i) dt[i] = load(row(at.dt, i)) + shift;
+            if (given.softplus_steps) {
+                softplus_and_slope_each<n>(dt, rise);
+                for (int i = 0; i < n; ++i) store(row(at.rise, i), rise[i]);
             }
-            if (given.softplus_steps) softplus_each<n>(dt);
             for (int i = 0; i < n; ++i) {
                 const Vec x = load(row(at.u, i));
                 reach = larger_bits(reach, magnitude(dt[i]));
@@ -254,6 +256,7 @@ struct BackwardPart {
                 store(row(at.y, i), broadcast(0.0f));
                 store(row(at.through_input, i), broadcast(0.0f));
                 store(row(at.through_decay, i), broadcast(0.0f));
+                store(row(at.dy, i), load(row(at.dy, i)) * broadcast(in.scale));
             }
             if (in.z.data == nullptr) return;
             for (int i = 0; i < n; ++i) z[i] = load(row(at.slope, i));
@@ -272,28 +275,16 @@ struct BackwardPart {
         const Vec skip = given.D ? load_lanes(given.D + d, 1, lanes) : broadcast(0.0f);
         float *D_sum = work.D_gradient + d - part.first, *bias_sum = work.bias_gradient + d - part.first;
         Vec skips = broadcast(0.0f), shifts = broadcast(0.0f);
-        in_groups(tokens, [&](int64_t t, auto count) {
-            constexpr int n = decltype(count)::value;
-            Vec ddt[n], divisors[n];
-            for (int i = 0; i < n; ++i) {
-                const int64_t at_row = (t + i) * LANES;
-                const Vec input = load(at.through_input + at_row), u = load(at.u + at_row), dy = load(at.dy + at_row);
-                ddt[i] = fma(input, u, load(at.through_decay + at_row) * broadcast(1.0f / LOG2_E));
-                store(at.through_input + at_row, fma(input, load(at.dt + at_row), skip * dy));
-                skips = fma(u, dy, skips);
-                divisors[i] = load(at.raw + at_row);
-            }
-            if (given.softplus_steps) {
-                Vec raw[n];
-                for (int i = 0; i < n; ++i) raw[i] = divisors[i];
-                one_plus_exp_each<n>(raw, divisors);
-                for (int i = 0; i < n; ++i) ddt[i] = ddt[i] / divisors[i];
-            }
-            for (int i = 0; i < n; ++i) {
-                shifts = shifts + ddt[i];
-                store(at.through_decay + (t + i) * LANES, ddt[i]);
-            }
-        });
+        for (int64_t t = 0; t < tokens; ++t) {
+            float *input_row = at.through_input + t * LANES, *decay_row = at.through_decay + t * LANES;
+            const Vec input = load(input_row), u = load(at.u + t * LANES), dy = load(at.dy + t * LANES);
+            Vec ddt = fma(input, u, load(decay_row) * broadcast(1.0f / LOG2_E));
+            if (given.softplus_steps) ddt = ddt * load(at.rise + t * LANES);
+            store(input_row, fma(input, load(at.dt + t * LANES), skip * dy));
+            store(decay_row, ddt);
+            skips = fma(u, dy, skips);
+            shifts = shifts + ddt;
+        }
         add_to(D_sum, skips);
         add_to(bias_sum, shifts);
         write(to.u, d, lanes, start, tokens, at.through_input);
@@ -375,12 +366,14 @@ struct BackwardPart {
     }
 };
 
-// out[i] = the sum of `count` numbers at p[i], p[i + step], ..., in this order.
-inline void sum_parts(const float *p, int64_t step, int64_t count, int64_t size, float *out) {
-    for (int64_t i = 0; i < size; ++i) out[i] = p[i];
-    for (int64_t part = 1; part < count; ++part) {
-        p += step;
-        for (int64_t i = 0; i < size; ++i) out[i] += p[i];
+// out[i] = the sum of `count` numbers at p[i], p[i + step], ..., in this order; `rows` times.
+inline void sum_parts(const float *p, int64_t step, int64_t count, int64_t rows, int64_t size, float *out,
+                      int64_t out_row) {
+    for (int64_t row = 0; row < rows; ++row, p += size, out += out_row) {
+        for (int64_t i = 0; i < size; ++i) out[i] = p[i];
+        for (int64_t part = 1; part < count; ++part) {
+            for (int64_t i = 0; i < size; ++i) out[i] += p[part * step + i];
+        }
     }
 }
 
@@ -415,10 +408,14 @@ int scan_backward(const Given<T> *given, const Gradients<T> *to, const Sizes &si
     for_each_task(threads, sizes.directions * (outer + 1), [&](int64_t task, int64_t) {
         const int64_t s = task / (outer + 1), index = task % (outer + 1);
         const float *all = parts_of(s);
-        if (index == outer) return sum_parts(all + parts, record, sizes.batch, record, to[s].parameters);
+        if (index == outer) return sum_parts(all + parts, record, sizes.batch, 1, record, to[s].parameters, record);
         const float *own = all + index * partition.slices * of_task;
-        if (B_floats) sum_parts(own, of_task, partition.slices, rows, to[s].B + index * rows);
-        if (C_floats) sum_parts(own + B_floats, of_task, partition.slices, rows, to[s].C + index * rows);
+        const auto sum = [&](const float *first, float *out) {
+            sum_parts(first, of_task, partition.slices, sizes.length, sizes.states, out + index * to[s].outer,
+                      to[s].row);
+        };
+        if (B_floats) sum(own, to[s].B);
+        if (C_floats) sum(own + B_floats, to[s].C);
     });
     return OK;
 }

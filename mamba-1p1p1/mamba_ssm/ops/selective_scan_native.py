@@ -9,6 +9,7 @@ complex numbers. fp16 is computed in fp32, bf16 is read and written as it is; st
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ def runs(direction: Direction) -> bool:
 
 
 def scan(
-    directions: Sequence[Direction], z: Tensor | None, softplus: bool, keep_states: bool
+    directions: Sequence[Direction], z: Tensor | None, softplus: bool, keep_states: bool, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """As `selective_scan_torch.scan_forward`."""
+    """As `selective_scan_torch.scan_forward`, the output multiplied with `scale`."""
     first = directions[0]
     if not all(map(runs, directions)):
         return None
@@ -43,7 +44,7 @@ def scan(
     borders = torch.empty(shape, dtype=torch.float32)
 
     call.integers(batch, channels, length, states, groups, len(directions))
-    _output(call, out, z, len(directions), 1.0)
+    _output(call, out, z, len(directions), scale)
     call.address(last).address(borders if keep_states else None)
     for direction in directions:
         _direction(call, direction, softplus)
@@ -79,46 +80,84 @@ def scan_backward(
     if not all(map(runs, directions)) or states.dtype is not torch.float32:
         return None
     call = _call_for(directions, [z, dout])
-    first = directions[0]
-    batch, channels, length = first.u.shape
-    state_count, groups = first.A.shape[1], first.groups
     dz = None if z is None else _empty_like(z, call.dtype)
-    call.integers(batch, channels, length, state_count, groups, len(directions))
+    found = [_gradients_of(direction, call.dtype) for direction in directions]
+    scan_backward_into(call, found, dz, directions, z, dout, dlast, states, softplus)
+    tensors: list[tuple[Tensor, Tensor | None]] = []
+    for direction, own in zip(directions, found, strict=True):
+        tensors += [(getattr(direction, name), value) for name, value in own.named(direction).items()]
+    tensors += [] if z is None else [(z, dz)]
+    return [_as(like, value) for like, value in tensors if like is not None and value is not None]
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the kernel fills with the gradients of one direction.
+
+    Attributes:
+        u, delta: (b, d, l), any strides.
+        B, C: (b, g, l, n) of varying ones, alike in their strides, n contiguous; None of constant ones.
+        record: A, then constant B and constant C, (d, n) each, then D and delta_bias, (d,) each.
+    """
+
+    u: Tensor
+    delta: Tensor
+    B: Tensor | None
+    C: Tensor | None
+    record: Tensor
+
+    def named(self, direction: Direction) -> dict[str, Tensor]:
+        """By the names of the arguments, in their order; also of D and delta_bias that are not there."""
+        d, n = direction.A.shape
+        count = 1 + (self.B is None) + (self.C is None)
+        A, *fixed, D, bias = self.record.split([d * n] * count + [d] * 2)
+        B, C = (fixed.pop(0).view(d, n) if value is None else value.transpose(2, 3) for value in (self.B, self.C))
+        values = (self.u, self.delta, A.view(d, n), B, C, D, bias)
+        return dict(zip(Gradients.__dataclass_fields__, values, strict=True))
+
+
+def _gradients_of(direction: Direction, dtype: torch.dtype) -> Room:
+    du, ddelta = (_empty_like(value, dtype) for value in (direction.u, direction.delta))
+    (batch, channels, length), states = du.shape, direction.A.shape[1]
+    B, C = (
+        None if value.dim() == 2 else torch.empty((batch, direction.groups, length, states))
+        for value in (direction.B, direction.C)
+    )
+    constant = (B is None) + (C is None)
+    return Room(du, ddelta, B, C, torch.empty(channels * (states * (1 + constant) + 2)))
+
+
+def scan_backward_into(
+    call: Call,
+    rooms: Sequence[Room],
+    dz: Tensor | None,
+    directions: Sequence[Direction],
+    z: Tensor | None,
+    dout: Tensor,
+    dlast: Tensor | None,
+    states: Tensor,
+    softplus: bool,
+    scale: float = 1.0,
+) -> None:
+    """Fill the gradients of an output that was multiplied with `scale`."""
+    first = directions[0]
+    call.integers(*first.u.shape, first.A.shape[1], first.groups, len(directions))
     call.sequence(dout).sequence(z).sequence(dz)
-    call.parameter(dlast).address(call.kept(states.contiguous()))
-    found: list[Tensor | None] = []
-    for direction in directions:
+    call.parameter(dlast).address(call.kept(states.contiguous())).number(scale)
+    for direction, room in zip(directions, rooms, strict=True):
         _direction(call, direction, softplus)
-        found += _direction_gradients(call, direction)
+        call.sequence(room.u).sequence(room.delta).address(room.B).address(room.C)
+        varying = room.C if room.B is None else room.B
+        row, outer = (0, 0) if varying is None else (varying.stride(2), varying.stride(0) // direction.groups)
+        call.integers(row, outer).address(room.record)
     call.run(LIBRARY, "selective_scan_backward")
-    arguments = [getattr(direction, name) for direction in directions for name in Gradients.__dataclass_fields__]
-    return [_as(like, value) for like, value in zip([*arguments, z], [*found, dz], strict=True) if value is not None]
-
-
-def _direction_gradients(call: Call, direction: Direction) -> list[Tensor | None]:
-    """What the kernel fills with the gradients of a direction, in the order of its arguments."""
-    du, ddelta = (_empty_like(value, call.dtype) for value in (direction.u, direction.delta))
-    batch, channels, length = du.shape
-    states = direction.A.shape[1]
-    call.sequence(du).sequence(ddelta)
-    constant = [value.dim() == 2 for value in (direction.B, direction.C)]
-    varying = [None if fixed else torch.empty((batch, direction.groups, length, states)) for fixed in constant]
-    for value in varying:
-        call.address(value)
-    sizes = [channels * states] * (1 + sum(constant)) + [channels] * 2
-    record = torch.empty(sum(sizes))
-    call.address(record)
-    dA, *fixed, dD, dbias = record.split(sizes)
-    dB, dC = (fixed.pop(0) if value is None else value.transpose(2, 3) for value in varying)
-    given = direction.D is not None, direction.delta_bias is not None
-    return [du, ddelta, dA, dB, dC, dD if given[0] else None, dbias if given[1] else None]
 
 
 def _as(like: Tensor, value: Tensor) -> Tensor:
     """A gradient in the dtype, shape and layout of its argument; not a copy where it has them."""
     if value.dtype is like.dtype and value.dim() == 3 and like.dim() == 3:
         return value
-    return torch.empty_like(like).copy_(value.view(like.shape) if value.dim() == 1 else value)
+    return torch.empty_like(like).copy_(value)
 
 
 def _empty_like(value: Tensor, dtype: torch.dtype) -> Tensor:
