@@ -20,7 +20,7 @@ NOISY = 0.2  # middle half over median from which a result counts as disturbed
 MODES = {"inference": "", "train": "forward + backward", "compiled": "torch.compile"}
 QUANTITIES = {
     "seconds": "time of",
-    "seconds_per_element": "time per (b, d, l, n) of",
+    "seconds_per_element": "time per element of",
     "peak_bytes": "peak memory of",
     "increase_bytes": "memory that calls add to the loaded",
     "scratch_bytes": "memory per thread beyond inputs and result of",

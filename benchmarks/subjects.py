@@ -40,7 +40,7 @@ class Subject:
         build: makes the fp32 recipe of a case; draws weights and inputs from torch's generator.
         computes: subjects that share it compute the same from the same draws; their results are compared.
         package: the package of others that it needs, one of `requirements/peers.txt`.
-        states: state updates per channel and token, for subjects that are counted in those.
+        states: what is counted per channel and token, for subjects whose claims need it: state updates, or 1.
     """
 
     title: str
@@ -243,9 +243,9 @@ SUBJECTS = {
     "inner": Subject("inside of a block", _inner, states=2 * STATE),
     "scan": Subject("scan", partial(_scan, _own_scan), states=STATE),
     "bidirectional_scan": Subject("both scans", _bidirectional_scan, states=2 * STATE),
-    "conv": Subject("convolution", _conv),
+    "conv": Subject("convolution", _conv, states=1),
     "conv_grouped": Subject("torch's grouped conv1d", _conv_grouped, computes="conv"),
-    "copy": Subject("copy of the sequence", _copy),
+    "copy": Subject("copy of sequences", _copy, states=1),
     "norm": Subject("add and norm", _norm),
     "norm_builtin": Subject("torch's rms_norm after an addition", _norm_builtin, computes="norm"),
     **_of_others(),

@@ -41,7 +41,7 @@ def test_every_registered_comparison_is_well_formed() -> None:
 def test_the_comparisons_cover_sizes_batches_threads_paths_dtypes_and_modes() -> None:
     all_cases = [case for comparison in COMPARISONS.values() for case in comparison.cases]
     assert {224, 512, 1248, 2048} <= {case.pixels for case in all_cases}
-    assert {case.batch for case in all_cases} == {1, 8}
+    assert {case.batch for case in all_cases if case.subject != "copy"} == {1, 8}
     assert {comparison.threads for comparison in COMPARISONS.values()} == {1, 2}
     assert {case.path for case in all_cases} == set(paths.PATHS)
     assert {case.mode for case in all_cases} == {"inference", "train", "compiled"}
@@ -71,7 +71,7 @@ def test_every_claim_belongs_to_one_comparison() -> None:
         ("compiled_224", "seconds", 1.05, None),
         ("scan_224_threads1", "seconds_per_element", 0.20e-9, 0.14e-9),
         ("scan_224_threads1", "seconds_per_element", 0.32e-9, 0.24e-9),
-        ("conv_1248_threads2", "seconds", 2.0, 1.3),
+        ("conv_1248_threads2", "seconds_per_element", 2.0, 1.3),
         ("inner_1248", "scratch_bytes", 8e6, 2e6),
     }
     claims = [claim for comparison in COMPARISONS.values() for claim in comparison.claims]

@@ -62,12 +62,21 @@ def test_calls_are_interleaved_and_timed_without_their_context() -> None:
 
     def clock() -> float:
         events.append("clock")
-        return float(next(ticks) ** 2)
+        return next(ticks) ** 2 / 100
 
     seconds = runner.interleave([entry("a"), entry("b")], 3, clock)
-    turn = [event for name in "ab" for event in (f"enter {name}", "clock", name, "clock", f"leave {name}")]
-    assert events == turn * 3
-    assert seconds == [(1.0, 9.0, 17.0), (5.0, 13.0, 21.0)]  # 1^2 - 0^2, 5^2 - 4^2, ... and 3^2 - 2^2, ...
+    # 1 - 0, 25 - 16, 81 - 64 hundredths, and 9 - 4, 49 - 36, 121 - 100; before a short call comes an untimed one.
+    assert seconds == [pytest.approx((0.01, 0.09, 0.17)), pytest.approx((0.05, 0.13, 0.21))]
+
+    def turn(name: str, short: bool) -> list[str]:
+        return [f"enter {name}", *[name] * short, "clock", name, "clock", f"leave {name}"]
+
+    assert events == [
+        event
+        for short in ((True, True), (True, True), (True, False))
+        for name, before in zip("ab", short, strict=True)
+        for event in turn(name, before)
+    ]
 
 
 @pytest.mark.parametrize(
