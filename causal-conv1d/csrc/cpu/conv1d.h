@@ -16,37 +16,36 @@ struct Taps {
 // `packed` holds the taps of these channels and their bias as (w + 1, LANES), `x` their rows from the first of these
 // tokens on; the `before` rows in front of it, w - 1 at most, are read too.
 template <int WIDTH>
-inline void convolve_known(Rows x, int64_t before, const float *packed, bool activate, int64_t tokens, float *out,
+inline void convolve_known(Rows x, const float *packed, bool activate, int64_t begin, int64_t tokens, float *out,
                            int64_t step) {
-    Vec taps[WIDTH], past[WIDTH - 1];  // the last rows stay in registers
+    Vec taps[WIDTH];
     for (int k = 0; k < WIDTH; ++k) taps[k] = load(packed + k * LANES);
-    for (int k = 0; k < WIDTH - 1; ++k) past[k] = before >= WIDTH - 1 - k ? x[k - (WIDTH - 1)] : broadcast(0.0f);
     const Vec bias = load(packed + WIDTH * LANES);
-    in_groups(tokens, [&](int64_t t, auto count) ALWAYS_INLINE {
+    in_groups(tokens - begin, [=](int64_t i, auto count) ALWAYS_INLINE {
         constexpr int n = decltype(count)::value;
+        const int64_t t = begin + i;
         Vec y[n];
-        for (int i = 0; i < n; ++i) {
-            const Vec now = x[t + i];
-            y[i] = fma(now, taps[WIDTH - 1], bias);
-            for (int k = WIDTH - 2; k >= 0; --k) y[i] = fma(past[k], taps[k], y[i]);
-            for (int k = 0; k < WIDTH - 2; ++k) past[k] = past[k + 1];
-            past[WIDTH - 2] = now;
+        for (int j = 0; j < n; ++j) {
+            y[j] = fma(x[t + j], taps[WIDTH - 1], bias);
+            for (int k = WIDTH - 2; k >= 0; --k) y[j] = fma(x[t + j - (WIDTH - 1) + k], taps[k], y[j]);
         }
         if (activate) silu_each<n>(y);
-        for (int i = 0; i < n; ++i) store(out + (t + i) * step, y[i]);
+        for (int j = 0; j < n; ++j) store(out + (t + j) * step, y[j]);
     });
 }
 
 inline void convolve(Rows x, int64_t before, const float *packed, int64_t width, bool activate, int64_t tokens,
                      float *out, int64_t step) {
-    if (width == 4) return convolve_known<4>(x, before, packed, activate, tokens, out, step);
-    for (int64_t t = 0; t < tokens; ++t) {
+    // Tokens that some taps find nothing before; all of them for widths without a loop of their own.
+    const int64_t missing = width - 1 - before, some = width == 4 && missing < tokens ? missing : tokens;
+    for (int64_t t = 0; t < some; ++t) {
         Vec y = load(packed + width * LANES);
         for (int64_t k = width - 1; k >= 0 && t - (width - 1) + k >= -before; --k) {
             y = fma(x[t - (width - 1) + k], load(packed + k * LANES), y);
         }
         store(out + t * step, activate ? silu(y) : y);
     }
+    if (width == 4) convolve_known<4>(x, packed, activate, some, tokens, out, step);
 }
 
 // `convolve` of tokens start to start + tokens of channels d to d + lanes of a sequence; `tile` has room for
