@@ -327,7 +327,7 @@ def test_exported_blocks_take_any_batch() -> None:
         assert_close(exported(x)[0], block(x)[0].double(), torch.float32)
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="this torch takes the ops one by one")
+@pytest.mark.skipif(not mamba_simple.TRACEABLE, reason="compiled by this torch, the ops run one by one")
 def test_compiled_blocks_stay_one_call() -> None:
     blocks, x = make_blocks(3, 12), torch.randn(2, 9, 12)
     compiled = torch.compile(lambda x: run_blocks(blocks, x, None), fullgraph=True, backend="aot_eager")
@@ -429,7 +429,7 @@ def test_gradients_of_the_inner(
             leaves += [p for p in wide[-1] if p is not None]
         with use_backend(backend):
             out = bidirectional_inner(leaves[0], *wide, 0.5)
-            dout = torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape)
+            dout = torch.linspace(-1, 2, out.numel(), dtype=dtype).view(out.shape)
             return out, list(torch.autograd.grad(out, leaves, dout))
 
     with count_calls() as calls:
@@ -439,7 +439,7 @@ def test_gradients_of_the_inner(
     assert_close(out, expected, torch.float32)
     # Through all parts of a block, a gradient may be a small sum of large terms: there PyTorch's kernels are no nearer.
     for value, reference, other in zip(found, wide, run(torch.float32, "torch")[1], strict=True):
-        assert_close(value, reference, limit=max(2 * RELATIVE[torch.float32], 2 * relative_error(other, reference)))
+        assert_close(value, reference, limit=max(2 * RELATIVE[torch.float32], 4 * relative_error(other, reference)))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own clones

@@ -20,27 +20,36 @@ inline int64_t rows_of_task(int64_t rows, const Threads &threads, int64_t most) 
     return ((rows + tasks - 1) / tasks + GEMM_ROWS - 1) / GEMM_ROWS * GEMM_ROWS;
 }
 
-constexpr int64_t BLOCK_ROWS = 128;
+constexpr int64_t BLOCK_ROWS = 256;
 
-inline int run_block(Block &block, Computed<float> *directions, const Sizes &sizes, const Threads &threads) {
-    const int64_t rows = block.norm.rows, m = block.norm.features, e = sizes.channels, wide = 2 * e;
-    if (rows == 0) return OK;
-    const int64_t each = rows_of_task(rows, threads, BLOCK_ROWS), tasks = (rows + each - 1) / each;
-    const int64_t own = (each * m + m + LANES + 15) / 16 * 16;
-    Cursor counter{nullptr};
-    const auto take = [&](Cursor &memory, float *&xz, float *&y, float *&normed) {
-        xz = memory.take(rows * wide);
-        y = memory.take(rows * e);
+// What the blocks of a call share, `rows` being the tokens of all pictures.
+struct BlockMemory {
+    int64_t task_rows;                  // of a task
+    int64_t own;                        // floats of a worker
+    float *xz, *y, *normed;             // (rows, 2 e), (rows, e), (workers, own)
+    float *in_panels, *to_out_panels;
+    int64_t floats;
+
+    BlockMemory(Cursor memory, const Block &block, int64_t channels, const Threads &threads) {
+        const int64_t rows = block.norm.rows, m = block.norm.features;
+        task_rows = rows_of_task(rows, threads, BLOCK_ROWS);
+        own = (task_rows * m + m + LANES + 15) / 16 * 16;
+        xz = memory.take(rows * 2 * channels);
+        y = memory.take(rows * channels);
         normed = memory.take(own * threads.count);
-        block.in.panels = memory.take(block.in.packed());
-        block.to_out.panels = memory.take(block.to_out.packed());
-    };
-    float *xz, *y, *normed;
-    take(counter, xz, y, normed);
-    const Memory memory(counter.used);
-    if (memory.data() == nullptr) return OUT_OF_MEMORY;
-    Cursor cursor{memory.data()};
-    take(cursor, xz, y, normed);
+        in_panels = memory.take(block.in.packed());
+        to_out_panels = memory.take(block.to_out.packed());
+        floats = memory.used;
+    }
+};
+
+inline int run_block(Block &block, Computed<float> *directions, const Sizes &sizes, const BlockMemory &shared,
+                     const Threads &threads) {
+    const int64_t rows = block.norm.rows, m = block.norm.features, e = sizes.channels, wide = 2 * e;
+    const int64_t each = shared.task_rows, tasks = (rows + each - 1) / each, own = shared.own;
+    float *const xz = shared.xz, *const y = shared.y, *const normed = shared.normed;
+    block.in.panels = shared.in_panels;
+    block.to_out.panels = shared.to_out_panels;
 
     const int64_t panels = block.in.count();
     for_each_task(threads, panels + block.to_out.count(), [&](int64_t task, int64_t) {

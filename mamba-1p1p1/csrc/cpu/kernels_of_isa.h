@@ -197,6 +197,12 @@ int bidirectional_blocks(Arguments &a) {
     const int64_t width = a.integer(), rank = a.integer(), count = a.integer();
     if (sizes.directions != DIRECTIONS || sizes.groups != 1) return WRONG_ARGUMENTS;
     if (a.left() != count * BLOCK_ARGUMENTS) return WRONG_ARGUMENTS;
+    if (block.norm.rows == 0) return OK;
+    block.in = {nullptr, nullptr, 2 * sizes.channels, block.norm.features, nullptr};
+    block.to_out = {nullptr, nullptr, block.norm.features, sizes.channels, nullptr};
+    const Memory memory(BlockMemory({nullptr}, block, sizes.channels, threads).floats);
+    if (memory.data() == nullptr) return OUT_OF_MEMORY;
+    const BlockMemory shared({memory.data()}, block, sizes.channels, threads);
     for (int64_t index = 0; index < count; ++index) {
         block.norm_weight = a.pointer<const float>();
         block.norm_bias = a.pointer<const float>();
@@ -207,7 +213,7 @@ int bidirectional_blocks(Arguments &a) {
         for (int64_t s = 0; s < sizes.directions; ++s) {
             directions[s] = read_computed<float>(a, sizes, none, width, rank);
         }
-        const int code = run_block(block, directions, sizes, threads);
+        const int code = run_block(block, directions, sizes, shared, threads);
         if (code != OK) return code;
         block.x = block.out;
         block.residual = block.stored;

@@ -30,9 +30,7 @@ from mamba_ssm.ops.norm import RMSNorm, layer_norm_fn, rms_norm_fn
 from mamba_ssm.ops.selective_scan import FAMILY, selective_scan_fn
 from mamba_ssm.ops.selective_state_update import selective_state_update
 
-AT_ONCE_NUMBERS = 2**19  # of b * l * m: the largest input of the op that runs whole blocks
-# An exported graph serves inputs of any size. Versions of torch that cannot tell exports from compilations count both.
-_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+TRACEABLE = torch.__version__ >= "2.9"  # whether torch.compile is known to follow `run_blocks`
 
 
 class Mamba(nn.Module):
@@ -377,9 +375,9 @@ class Block(nn.Module):
 def run_blocks(blocks: Iterable[nn.Module], hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Call blocks one after the other: each run of them that one compiled op can serve in one call.
 
-    That is inference of plain "v2" blocks of the same sizes on a CPU: in fp32 up to `AT_ONCE_NUMBERS`, where calls cost
-    as much as arithmetic and the inner tensors stay in the cache; in bf16 where the CPU has no instructions for it:
-    PyTorch's products then take five times as long as in fp32, while the op only reads and writes bf16.
+    That is inference of plain "v2" blocks of the same sizes on a CPU, in fp32, or in bf16 where the CPU has no
+    instructions for it: PyTorch's products then take five times as long as in fp32, while the op only reads and writes
+    bf16.
     """
     waiting: list[Tensor | None] = []
     first: nn.Module | None = None
@@ -398,14 +396,11 @@ def run_blocks(blocks: Iterable[nn.Module], hidden: Tensor, residual: Tensor | N
 
 def _serves_at_once(x: Tensor, residual: Tensor | None) -> bool:
     """Whether `mamba_ssm::bidirectional_blocks` serves such tokens now."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or _exporting():
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or x.device.type != "cpu":
         return False
-    if x.device.type != "cpu":
+    if torch.compiler.is_compiling() and not TRACEABLE:
         return False
-    if x.dtype is torch.bfloat16:
-        if has_fast_bf16():
-            return False
-    elif x.dtype is not torch.float32 or x.numel() > AT_ONCE_NUMBERS:
+    if x.dtype is not torch.float32 and (x.dtype is not torch.bfloat16 or has_fast_bf16()):
         return False
     if _global_forward_hooks or _global_forward_pre_hooks or torch.jit.is_tracing():
         return False
