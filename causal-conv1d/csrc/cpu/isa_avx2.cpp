@@ -5,7 +5,7 @@
 #if defined(KERNELS_X86)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#elif defined(__GNUC__)
+#elif defined(__GNUC__) && !defined(KERNELS_EMULATED)  // by scripts/avx512: no instruction may be chosen for it
 #pragma GCC target("avx2,fma")
 #endif
 #define SIMD_AVX2
