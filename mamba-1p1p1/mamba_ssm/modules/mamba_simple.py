@@ -30,7 +30,7 @@ from mamba_ssm.ops.norm import RMSNorm, layer_norm_fn, rms_norm_fn
 from mamba_ssm.ops.selective_scan import FAMILY, selective_scan_fn
 from mamba_ssm.ops.selective_state_update import selective_state_update
 
-TRACEABLE = torch.__version__ >= "2.9"  # whether torch.compile is known to follow `run_blocks`
+TRACEABLE = torch.__version__ >= "2.15"  # that of 2.9 cannot follow `run_blocks` into the choice of a backend
 
 
 class Mamba(nn.Module):
