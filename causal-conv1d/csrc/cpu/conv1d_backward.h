@@ -171,8 +171,8 @@ int conv1d_backward_of_all(Sequence<const T> x, Sequence<const T> dout, Sequence
         const int64_t part = task / slices, first = task % slices * CONV_CHANNELS;
         const int64_t last = first + CONV_CHANNELS < channels ? first + CONV_CHANNELS : channels;
         const ConvBackwardWork work({memory.data() + worker * floats}, taps.width);
-        const ConvBackward<T> one{x, dout, dx, taps.width, length, activate, accumulate, work, part / pieces, first, last};
-        const int64_t piece = part % pieces;
+        const int64_t piece = part % pieces, b = part / pieces;
+        const ConvBackward<T> one{x, dout, dx, taps.width, length, activate, accumulate, work, b, first, last};
         memset(work.sums, 0, static_cast<size_t>(CONV_CHANNELS * record) * sizeof(float));
         one.run(taps, piece * length / pieces, (piece + 1) * length / pieces);
         for (int64_t d = first; d < last; d += LANES) {

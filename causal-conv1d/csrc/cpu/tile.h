@@ -45,7 +45,9 @@ void gather(const T *from, int64_t channel, int64_t token, int lanes, int64_t to
         }
     }
     for (; t < tokens; ++t) {
-        for (int i = 0; i < LANES; ++i) tile[t * LANES + i] = i < lanes ? to_float(from[i * channel + t * token]) : 0.0f;
+        for (int i = 0; i < LANES; ++i) {
+            tile[t * LANES + i] = i < lanes ? to_float(from[i * channel + t * token]) : 0.0f;
+        }
     }
 }
 

@@ -1,5 +1,5 @@
-// "v2" blocks in one call: of each residual addition and norm, input projection, the inside, output projection. Included
-// once per instruction set, after inner.h, gemm.h and norm.h.
+// "v2" blocks in one call: of each residual addition and norm, input projection, the inside, output projection.
+// Included once per instruction set, after inner.h, gemm.h and norm.h.
 //
 // m model channels, e inner channels
 

@@ -36,7 +36,7 @@ struct Linear {
     }
 };
 
-// ROWS rows of `a` with WIDTH vectors of a panel, added to `out` or, if this is the `first` part of the sum, to the bias.
+// ROWS rows of `a` with WIDTH vectors of a panel, added to `out` or, for the `first` part of the sum, to the bias.
 template <int ROWS, int WIDTH>
 inline void gemm_tile(const float *a, int64_t a_step, const float *panel, int64_t depth, bool first, const Vec *bias,
                       float *out, int64_t out_step, int lanes) {

@@ -182,7 +182,8 @@ int bidirectional(Computed<T> *directions, const Sizes &sizes, const Output<T> &
                                   float *spare) {
                                   const int64_t ahead = firsts - start;
                                   const int64_t head = ahead < 0 ? 0 : ahead < tokens ? ahead : tokens;
-                                  if (head) output.take(p, source.reverse, true, false, lanes, d, start, head, y, spare);
+                                  const bool way = source.reverse;
+                                  if (head) output.take(p, way, true, false, lanes, d, start, head, y, spare);
                                   if (head == tokens) return;
                                   output.take(p, source.reverse, false, true, lanes, d, start + head, tokens - head,
                                               y + head * LANES, spare);

@@ -211,8 +211,9 @@ void scan_part(Source &source, const Sizes &sizes, const Part &part, int64_t dir
         const int64_t first = (part.batch * sizes.directions + direction) * vectors + part.first / LANES;
         carried = kept.carried + first * state_floats;
     }
-    const int64_t held = (part.last - part.first + LANES - 1) / LANES * state_floats * static_cast<int64_t>(sizeof(float));
-    if (carried && span.begin) memcpy(work.h, carried, static_cast<size_t>(held));
+    const int64_t floats = (part.last - part.first + LANES - 1) / LANES * state_floats;
+    const size_t held = static_cast<size_t>(floats) * sizeof(float);
+    if (carried && span.begin) memcpy(work.h, carried, held);
 
     for (int64_t start = span.begin; start < span.end; start += CHUNK) {
         const int64_t tokens = span.end - start < CHUNK ? span.end - start : CHUNK;
@@ -229,11 +230,12 @@ void scan_part(Source &source, const Sizes &sizes, const Part &part, int64_t dir
             source.constants(d, lanes, constant_b ? work.B : nullptr, constant_c ? work.C : nullptr);
             source.stage(part, d, lanes, start, tokens, work.staged);
             run(work.staged, tokens, n, work.B, work.C, work.A + block * state_floats, h);
-            for (int64_t t = 0; t < tokens; ++t) add_to(work.staged.y + t * LANES, load(work.staged.skipped + t * LANES));
-            finish(part, d, lanes, start, tokens, work.staged.y, work.staged.tiles);
+            const Staged &staged = work.staged;
+            for (int64_t t = 0; t < tokens; ++t) add_to(staged.y + t * LANES, load(staged.skipped + t * LANES));
+            finish(part, d, lanes, start, tokens, staged.y, staged.tiles);
         }
     }
-    if (carried) memcpy(carried, work.h, static_cast<size_t>(held));
+    if (carried) memcpy(carried, work.h, held);
     if (kept.last == nullptr || direction != 0) return;
     for (int64_t d = part.first, block = 0; d < part.last; d += LANES, ++block) {
         float *state = kept.last + (part.batch * sizes.channels + d) * n;

@@ -9,8 +9,8 @@
 // Chunks come from the last to the first. The states of one, for a few n at a time, are computed again from the kept
 // state before it and stay in the first cache, like everything else of LANES channels and a chunk.
 //
-// Sums over tokens are sums of the chunks' sums, which keep more digits.
-// How the work is cut does not depend on the number of threads, and neither do the sums, to the last bit.
+// Sums over tokens are sums of the chunks' sums, which keep more digits. How the work is cut does not depend on the
+// number of threads, and neither do the sums, to the last bit.
 
 constexpr int64_t BACKWARD_CHANNELS = 64;  // of a task; a multiple of every LANES
 
@@ -321,8 +321,8 @@ struct BackwardPart {
             const size_t rows = static_cast<size_t>(tokens * n) * sizeof(float);
             if (!given.fixed_b) memset(work.B_gradient, 0, rows);
             if (!given.fixed_c) memset(work.C_gradient, 0, rows);
-            const int64_t border = ((part.batch * sizes.chunks() + chunk) * sizes.directions + direction) * sizes.groups;
-            const float *kept = in.states + (border + part.group) * n * k;
+            const int64_t border = (part.batch * sizes.chunks() + chunk) * sizes.directions + direction;
+            const float *kept = in.states + (border * sizes.groups + part.group) * n * k;
             for (int64_t d = part.first; d < part.last; d += LANES) {
                 const int lanes = lanes_at(d, part.last);
                 const int64_t first = (d - part.first) * n;
