@@ -359,7 +359,7 @@ class Block(nn.Module):
         if inference_params is None and _serves_at_once(hidden_states, residual):
             parameters = _plain_parameters(self, hidden_states.dtype)
             if parameters is not None:
-                return _run_at_once(self, hidden_states, residual, parameters)
+                return _run_at_once(_sizes(self), hidden_states, residual, parameters)
         branch = hidden_states if residual is None else self.drop_path(hidden_states)
         normed, residual = add_and_norm(self.norm, branch, residual, self.residual_in_fp32)
         return self.mixer(normed, inference_params=inference_params), residual
@@ -380,18 +380,21 @@ def run_blocks(blocks: Iterable[nn.Module], hidden: Tensor, residual: Tensor | N
     bf16.
     """
     waiting: list[Tensor | None] = []
-    first: nn.Module | None = None
+    sizes: tuple[Any, ...] | None = None  # of the blocks that wait
+    serves = _serves_at_once(hidden, residual)
     for block in blocks:
-        parameters = _plain_parameters(block, hidden.dtype) if _serves_at_once(hidden, residual) else None
-        if first is not None and (parameters is None or _sizes(block) != _sizes(first)):
-            hidden, residual = _run_at_once(first, hidden, residual, waiting)
-            first, waiting = None, []
+        parameters = _plain_parameters(block, hidden.dtype) if serves else None
+        own = None if parameters is None else _sizes(block)
+        if sizes is not None and own != sizes:
+            hidden, residual = _run_at_once(sizes, hidden, residual, waiting)
+            waiting = []
+        sizes = own
         if parameters is None:
             hidden, residual = block(hidden, residual)
+            serves = _serves_at_once(hidden, residual)
         else:
-            first = first or block
             waiting += parameters
-    return (hidden, residual) if first is None else _run_at_once(first, hidden, residual, waiting)
+    return (hidden, residual) if sizes is None else _run_at_once(sizes, hidden, residual, waiting)
 
 
 def _serves_at_once(x: Tensor, residual: Tensor | None) -> bool:
@@ -453,15 +456,16 @@ def _is_altered(module: nn.Module | None) -> bool:
 
 def _sizes(block: nn.Module) -> tuple[Any, ...]:
     """What blocks must share to be run by one op."""
-    mixer: Any = block.mixer
-    norm: Any = block.norm
+    mixer, norm = block._modules["mixer"], block._modules["norm"]
+    assert isinstance(mixer, Mamba)
+    assert isinstance(norm, RMSNorm | nn.LayerNorm)
     return type(norm), norm.eps, mixer._scale, mixer.d_inner, mixer.d_state, mixer.d_conv, mixer.dt_rank
 
 
 def _run_at_once(
-    first: nn.Module, hidden: Tensor, residual: Tensor | None, parameters: Sequence[Tensor | None]
+    sizes: tuple[Any, ...], hidden: Tensor, residual: Tensor | None, parameters: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
-    rms, eps, scale, *_ = _sizes(first)
+    rms, eps, scale, *_ = sizes
     out, total = torch.ops.mamba_ssm.bidirectional_blocks(hidden, residual, parameters, eps, rms is RMSNorm, scale)
     return out, total
 
