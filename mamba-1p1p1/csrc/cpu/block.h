@@ -21,24 +21,27 @@ inline int64_t rows_of_task(int64_t rows, const Threads &threads, int64_t most) 
 }
 
 constexpr int64_t BLOCK_ROWS = 256;
+constexpr int64_t FEW_ROWS = 1024;  // up to which threads share the columns of a product, not its rows
 
 // What the blocks of a call share, `rows` being the tokens of all pictures.
 struct BlockMemory {
-    int64_t task_rows;                  // of a task
-    int64_t own;                        // floats of a worker
-    float *xz, *y, *normed;             // (rows, 2 e), (rows, e), (workers, own)
-    float *in_panels, *to_out_panels;
+    bool few;                          // rows
+    int64_t task_rows, own, panels;    // rows of a task; floats of a worker for them, and for panels of weights
+    float *xz, *y, *normed;            // (rows, 2 e), (rows, e), (workers, own) or, of few rows, (rows, m)
+    float *in_panels, *to_out_panels;  // of few rows the first is (workers, panels)
     int64_t floats;
 
     BlockMemory(Cursor memory, const Block &block, int64_t channels, const Threads &threads) {
         const int64_t rows = block.norm.rows, m = block.norm.features;
-        task_rows = rows_of_task(rows, threads, BLOCK_ROWS);
-        own = (task_rows * m + m + LANES + 15) / 16 * 16;
+        few = rows <= FEW_ROWS;
+        task_rows = rows_of_task(rows, threads, few ? NORM_ROWS : BLOCK_ROWS);
+        own = ((few ? 0 : task_rows * m) + m + LANES + 15) / 16 * 16;
+        panels = GEMM_GROUP * PANEL * (m > channels ? m : channels);
         xz = memory.take(rows * 2 * channels);
         y = memory.take(rows * channels);
-        normed = memory.take(own * threads.count);
-        in_panels = memory.take(block.in.packed());
-        to_out_panels = memory.take(block.to_out.packed());
+        normed = memory.take(own * threads.count + (few ? rows * m : 0));
+        in_panels = memory.take(few ? panels * threads.count : block.in.packed());
+        to_out_panels = memory.take(few ? 0 : block.to_out.packed());
         floats = memory.used;
     }
 };
@@ -51,19 +54,37 @@ inline int run_block(Block &block, Computed<float> *directions, const Sizes &siz
     block.in.panels = shared.in_panels;
     block.to_out.panels = shared.to_out_panels;
 
-    const int64_t panels = block.in.count();
-    for_each_task(threads, panels + block.to_out.count(), [&](int64_t task, int64_t) {
-        if (task < panels) return block.in.pack(task);
-        block.to_out.pack(task - panels);
-    });
-    for_each_task(threads, tasks, [&](int64_t task, int64_t worker) {
+    const auto norm_rows = [&](int64_t task, float *out, float *row) {
         const int64_t begin = task * each, end = begin + each < rows ? begin + each : rows, first = begin * m;
-        float *tile = normed + worker * own;
-        add_norm_rows(block.x + first, block.residual ? block.residual + first : nullptr, tile,
-                      block.stored + first, block.norm_weight, block.norm_bias, block.norm,
-                      begin, end, tile + each * m);
-        apply(block.in, tile, m, end - begin, xz + begin * wide, wide);
-    });
+        add_norm_rows(block.x + first, block.residual ? block.residual + first : nullptr, out, block.stored + first,
+                      block.norm_weight, block.norm_bias, block.norm, begin, end, row);
+        return end - begin;
+    };
+    const auto by_columns = [&](const Linear &linear, const float *a, float *out) {
+        const int64_t size = group_panels(linear, threads), groups = (linear.count() + size - 1) / size;
+        for_each_task(threads, groups, [&](int64_t group, int64_t worker) {
+            apply_group(linear, group, size, shared.in_panels + worker * shared.panels, a, linear.depth, rows, out,
+                        linear.columns);
+        });
+    };
+    if (shared.few) {
+        float *all = normed + own * threads.count;
+        for_each_task(threads, tasks, [&](int64_t task, int64_t worker) {
+            norm_rows(task, all + task * each * m, normed + worker * own);
+        });
+        by_columns(block.in, all, xz);
+    } else {
+        const int64_t panels = block.in.count();
+        for_each_task(threads, panels + block.to_out.count(), [&](int64_t task, int64_t) {
+            if (task < panels) return block.in.pack(task);
+            block.to_out.pack(task - panels);
+        });
+        for_each_task(threads, tasks, [&](int64_t task, int64_t worker) {
+            float *tile = normed + worker * own;
+            const int64_t count = norm_rows(task, tile, tile + each * m);
+            apply(block.in, tile, m, count, xz + task * each * wide, wide);
+        });
+    }
 
     const int64_t length = sizes.length;
     const Sequence<const float> x{xz, length * wide, 1, wide}, z{xz + e, length * wide, 1, wide};
@@ -73,6 +94,10 @@ inline int run_block(Block &block, Computed<float> *directions, const Sizes &siz
     const int code = bidirectional(directions, sizes, output, threads);
     if (code != OK) return code;
 
+    if (shared.few) {
+        by_columns(block.to_out, y, block.out);
+        return OK;
+    }
     for_each_task(threads, tasks, [&](int64_t task, int64_t) {
         const int64_t begin = task * each, end = begin + each < rows ? begin + each : rows;
         apply(block.to_out, y + begin * e, e, end - begin, block.out + begin * m, m);

@@ -17,8 +17,8 @@ struct Linear {
     int64_t packed() const { return count() * PANEL * depth; }
 
     // Pack one panel; columns beyond the last one are zero.
-    void pack(int64_t index) const {
-        float *panel = panels + index * PANEL * depth;
+    void pack(int64_t index) const { pack(index, panels + index * PANEL * depth); }
+    void pack(int64_t index, float *panel) const {
         for (int half = 0; half < 2; ++half) {
             const int64_t first = index * PANEL + half * LANES, left = columns - first;
             const int lanes = static_cast<int>(left < 0 ? 0 : left < LANES ? left : LANES);
@@ -78,27 +78,58 @@ inline void gemm_rows(const float *a, int64_t a_step, int64_t rows, const float 
     }
 }
 
-// out (rows, columns) = a (rows, depth) through the packed `linear`.
+// The columns of one panel of out (rows, columns) = a (rows, depth) through `linear`.
+inline void apply_panel(const Linear &linear, int64_t index, const float *packed, const float *a, int64_t a_step,
+                        int64_t rows, float *out, int64_t out_step) {
+    const int64_t column = index * PANEL, left = linear.columns - column;
+    const int width = left > LANES ? 2 : 1;
+    const int64_t in_last = left - (width - 1) * LANES;
+    const int lanes = static_cast<int>(in_last < LANES ? in_last : LANES);
+    Vec bias[2] = {broadcast(0.0f), broadcast(0.0f)};
+    if (linear.bias) {
+        for (int j = 0; j < width; ++j) {
+            bias[j] = load_lanes(linear.bias + column + j * LANES, 1, j == width - 1 ? lanes : LANES);
+        }
+    }
+    for (int64_t k = 0; k < linear.depth || k == 0; k += GEMM_DEPTH) {
+        const int64_t depth = linear.depth - k < GEMM_DEPTH ? linear.depth - k : GEMM_DEPTH;
+        const float *panel = packed + k * PANEL;
+        if (width == 2) {
+            gemm_rows<GEMM_ROWS, 2>(a + k, a_step, rows, panel, depth, k == 0, bias, out + column, out_step, lanes);
+        } else {
+            gemm_rows<GEMM_ROWS, 1>(a + k, a_step, rows, panel, depth, k == 0, bias, out + column, out_step, lanes);
+        }
+    }
+}
+
+// out = a through the packed `linear`.
 inline void apply(const Linear &linear, const float *a, int64_t a_step, int64_t rows, float *out, int64_t out_step) {
     for (int64_t index = 0; index < linear.count(); ++index) {
-        const int64_t column = index * PANEL, left = linear.columns - column;
-        const int width = left > LANES ? 2 : 1;
-        const int64_t in_last = left - (width - 1) * LANES;
-        const int lanes = static_cast<int>(in_last < LANES ? in_last : LANES);
-        Vec bias[2] = {broadcast(0.0f), broadcast(0.0f)};
-        if (linear.bias) {
-            for (int j = 0; j < width; ++j) {
-                bias[j] = load_lanes(linear.bias + column + j * LANES, 1, j == width - 1 ? lanes : LANES);
-            }
-        }
-        for (int64_t k = 0; k < linear.depth || k == 0; k += GEMM_DEPTH) {
-            const int64_t depth = linear.depth - k < GEMM_DEPTH ? linear.depth - k : GEMM_DEPTH;
-            const float *panel = linear.panels + index * PANEL * linear.depth + k * PANEL;
-            if (width == 2) {
-                gemm_rows<GEMM_ROWS, 2>(a + k, a_step, rows, panel, depth, k == 0, bias, out + column, out_step, lanes);
-            } else {
-                gemm_rows<GEMM_ROWS, 1>(a + k, a_step, rows, panel, depth, k == 0, bias, out + column, out_step, lanes);
-            }
+        const float *panel = linear.panels + index * PANEL * linear.depth;
+        apply_panel(linear, index, panel, a, a_step, rows, out, out_step);
+    }
+}
+
+// The same for few rows, through a `linear` that is not packed: a thread takes some panels, packs them and uses them at
+// once, so that weights that are seldom in a cache are read once and never written. `packed` holds GEMM_GROUP panels.
+constexpr int64_t GEMM_GROUP = 8;
+constexpr int64_t GEMM_CHUNK = 8 * GEMM_ROWS;  // rows that stay in the cache for all panels of a group
+
+inline int64_t group_panels(const Linear &linear, const Threads &threads) {
+    const int64_t panels = (linear.count() + 2 * threads.count - 1) / (2 * threads.count);
+    return panels < GEMM_GROUP ? panels : GEMM_GROUP;
+}
+
+inline void apply_group(const Linear &linear, int64_t group, int64_t size, float *packed, const float *a,
+                        int64_t a_step, int64_t rows, float *out, int64_t out_step) {
+    const int64_t first = group * size, last = first + size < linear.count() ? first + size : linear.count();
+    const int64_t panel = PANEL * linear.depth;
+    for (int64_t index = first; index < last; ++index) linear.pack(index, packed + (index - first) * panel);
+    for (int64_t row = 0; row < rows; row += GEMM_CHUNK) {
+        const int64_t count = rows - row < GEMM_CHUNK ? rows - row : GEMM_CHUNK;
+        for (int64_t index = first; index < last; ++index) {
+            apply_panel(linear, index, packed + (index - first) * panel, a + row * a_step, a_step, count,
+                        out + row * out_step, out_step);
         }
     }
 }
