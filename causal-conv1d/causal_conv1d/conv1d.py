@@ -30,19 +30,7 @@ LIBRARY.define(
     "conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, Tensor? cache_seqlens, bool silu)"
     " -> Tensor"
 )
-
-
-def _call(op: str) -> Any:
-    """The implementation of an op: whatever kernel `FAMILY` chooses for its first argument's device."""
-
-    def run(first: Tensor, *args: Any) -> Any:
-        return FAMILY.choose(op, first.device.type)(first, *args)
-
-    return run
-
-
-for _op in ("conv1d", "conv1d_backward", "conv1d_update"):
-    LIBRARY.impl(_op, _call(_op), "CompositeExplicitAutograd")
+FAMILY.implement(LIBRARY, "conv1d", "conv1d_backward", "conv1d_update")
 
 
 @torch.library.register_fake("causal_conv1d::conv1d", lib=LIBRARY)

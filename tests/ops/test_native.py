@@ -449,6 +449,13 @@ def test_inner_with_gradients_is_one_op_of_its_schema() -> None:
     torch.library.opcheck(torch.ops.mamba_ssm.bidirectional_inner_keeping, (xz, *parameters, 0.5))
 
 
+def test_what_no_backend_has_is_said() -> None:
+    xz, first, second = inner_arguments(1, 6, 9, 3, 2, 4, False)
+    wide = [None if value is None else value.double() for value in (xz, *first, *second)]
+    with pytest.raises(RuntimeError, match="bidirectional_inner_keeping exists for other backends or dtypes"):
+        torch.ops.mamba_ssm.bidirectional_inner_keeping(*wide, 0.5)
+
+
 @pytest.mark.parametrize("name", ["CAUSAL_CONV1D", "SELECTIVE_SCAN"])
 def test_either_family_can_be_forced_alone(name: str) -> None:
     """With one of the two in pure PyTorch a block with gradients is composed of the ops of its parts."""

@@ -22,6 +22,8 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any, TypeVar
 
+import torch
+
 from causal_conv1d.backend.native import Library
 
 BACKENDS = ("cuda", "native", "torch")
@@ -88,7 +90,7 @@ class Family:
                 "use the torch backend"
             )
         self._tell_once(f"{op}: the native backend cannot run these arguments; the torch backend runs them")
-        return self._kernels["torch"][op]
+        return self._kernel_of("torch", op)
 
     @property
     def forced(self) -> bool:
@@ -133,8 +135,23 @@ class Family:
         return backend
 
     def choose(self, op: str, device_type: str) -> Callable[..., Any]:
-        """The kernel of `backend_for`. Raises RuntimeError as it does."""
-        return self._kernels[self.backend_for(op, device_type)][op]
+        """The kernel of `backend_for`. Raises RuntimeError as it does, and if there is no kernel for the op at all."""
+        return self._kernel_of(self.backend_for(op, device_type), op)
+
+    def _kernel_of(self, backend: str, op: str) -> Callable[..., Any]:
+        found = self._kernels[backend].get(op)
+        if found is None:
+            raise RuntimeError(f"{op} exists for other backends or dtypes only; call the public functions instead")
+        return found
+
+    def implement(self, library: torch.library.Library, *ops: str) -> None:
+        """Make each op of a library call the kernel that `choose` finds for the device of its first argument."""
+
+        def caller(op: str) -> Callable[..., Any]:
+            return lambda first, *rest: self.choose(op, first.device.type)(first, *rest)
+
+        for op in ops:
+            library.impl(op, caller(op), "CompositeExplicitAutograd")
 
     def require(self, backend: str) -> None:
         """Raise RuntimeError, with the reason and the mend, if a backend is not there."""

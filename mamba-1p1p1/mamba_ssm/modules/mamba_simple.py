@@ -136,11 +136,9 @@ class Mamba(nn.Module):
             parameters = (*self._inner_parameters(), decay_rates(self.A_b_log))
             out = bimamba_inner_fn(self._inner_input(hidden_states), *parameters, **self._skip())
         else:
-            scale = 0.5 if self.if_divide_out else 1.0
             xz = self._inner_input(hidden_states)
-            out = self.out_proj(
-                bidirectional_inner(xz, self._direction(""), self._direction("_b"), scale).transpose(1, 2)
-            )
+            y = bidirectional_inner(xz, self._direction(""), self._direction("_b"), self._scale)
+            out = self.out_proj(y.transpose(1, 2))
         return out if self.init_layer_scale is None else out * self.gamma
 
     @property

@@ -36,17 +36,6 @@ LIBRARY.define(
     "bidirectional_blocks(Tensor x, Tensor? residual, Tensor?[] parameters, float eps, bool rms, float scale)"
     " -> (Tensor out, Tensor residual)"
 )
-
-
-def _call(op: str) -> Callable[..., Any]:
-    """The implementation of an op: whatever kernel `FAMILY` chooses for its first argument's device."""
-
-    def run(first: Tensor, *args: Any) -> Any:
-        return FAMILY.choose(op, first.device.type)(first, *args)
-
-    return run
-
-
 LIBRARY.define(
     f"bidirectional_inner_keeping(Tensor xz, {_ONE.format('')}, {_ONE.format('_b')}, float scale)"
     " -> (Tensor out, Tensor u, Tensor projected, Tensor delta, Tensor A, Tensor states)"
@@ -55,11 +44,8 @@ LIBRARY.define(
     "bidirectional_inner_backward(Tensor dout, Tensor u, Tensor projected, Tensor delta, Tensor A, Tensor states,"
     f" Tensor xz, {_ONE.format('')}, {_ONE.format('_b')}, float scale) -> Tensor[]"
 )
-
-for _op in (
-    "bidirectional_inner", "bidirectional_blocks", "bidirectional_inner_keeping", "bidirectional_inner_backward",
-):  # fmt: skip
-    LIBRARY.impl(_op, _call(_op), "CompositeExplicitAutograd")
+FAMILY.implement(LIBRARY, "bidirectional_inner", "bidirectional_blocks")
+FAMILY.implement(LIBRARY, "bidirectional_inner_keeping", "bidirectional_inner_backward")
 
 
 @torch.library.register_fake("mamba_ssm::bidirectional_blocks", lib=LIBRARY)

@@ -39,14 +39,7 @@ LIBRARY.define(
     "add_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool rms, ScalarType? stored)"
     " -> (Tensor y, Tensor s)"
 )
-
-
-def _run_add_norm(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    y, s = FAMILY.choose("add_norm", x.device.type)(x, *arguments)
-    return y, s
-
-
-LIBRARY.impl("add_norm", _run_add_norm, "CompositeExplicitAutograd")
+FAMILY.implement(LIBRARY, "add_norm")
 
 
 @torch.library.register_fake("mamba_ssm::add_norm", lib=LIBRARY)

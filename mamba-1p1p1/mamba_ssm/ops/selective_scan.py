@@ -45,19 +45,9 @@ LIBRARY.define(
     f"bidirectional_scan_backward(Tensor dout, Tensor states, {ONE}, {OTHER}, Tensor? z, bool delta_softplus)"
     " -> Tensor[]"
 )
-
-
-def _call(op: str) -> Any:
-    """The implementation of an op: whatever kernel `FAMILY` chooses for its first argument's device."""
-
-    def run(first: Tensor, *args: Any) -> Any:
-        return FAMILY.choose(op, first.device.type)(first, *args)
-
-    return run
-
-
-for _op in ("selective_scan", "selective_scan_backward", "bidirectional_scan", "bidirectional_scan_backward"):
-    LIBRARY.impl(_op, _call(_op), "CompositeExplicitAutograd")
+FAMILY.implement(
+    LIBRARY, "selective_scan", "selective_scan_backward", "bidirectional_scan", "bidirectional_scan_backward"
+)
 
 
 def _states_fake(
