@@ -252,8 +252,23 @@ def test_blocks_at_once(batch: int, length: int, model: int, options: dict[str, 
     assert_close(residual, expected_residual, torch.float32)
 
 
-def test_one_block_at_once_leaves_its_inputs_alone() -> None:
-    (block,), (x, residual) = make_blocks(1, 12), torch.randn(2, 2, 9, 12)
+def test_threads_do_not_change_a_bit_of_blocks(threads) -> None:
+    """Pictures dealt out whole, pictures shared by all threads, and some of each."""
+    blocks, x = make_blocks(2, 40, if_divide_out=True), torch.randn(3, 45, 40)
+    results = []
+    for count in (1, 2, 3, 4):
+        threads(count)
+        with torch.no_grad():
+            results.append(run_blocks(blocks, x, None))
+    for hidden, residual in results[1:]:
+        assert torch.equal(hidden, results[0][0])
+        assert torch.equal(residual, results[0][1])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_one_block_at_once_leaves_its_inputs_alone(count: int, threads) -> None:
+    threads(count)
+    (block,), (x, residual) = make_blocks(1, 12), torch.randn(2, 3, 9, 12)
     before = x.clone(), residual.clone()
     with torch.no_grad(), count_calls() as calls:
         out, total = block(x, residual)

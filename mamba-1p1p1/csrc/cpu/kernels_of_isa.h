@@ -180,29 +180,9 @@ inline Linear read_linear(Arguments &a, int64_t columns, int64_t depth) {
 
 constexpr int64_t BLOCK_ARGUMENTS = 6 + 2 * 8;
 
-int bidirectional_blocks(Arguments &a) {
-    const Threads threads = a.threads();
-    if (a.integer() != FLOAT32) return WRONG_ARGUMENTS;
-    const Sizes sizes = read_sizes(a);
-    Block block;
-    block.x = a.pointer<const float>();
-    block.residual = a.pointer<const float>();
-    block.out = a.pointer<float>();
-    block.stored = a.pointer<float>();
-    block.norm.rows = sizes.batch * sizes.length;
-    block.norm.features = a.integer();
-    block.norm.eps = static_cast<float>(a.number());
-    block.norm.rms = a.integer() != 0;
-    block.scale = static_cast<float>(a.number());
-    const int64_t width = a.integer(), rank = a.integer(), count = a.integer();
-    if (sizes.directions != DIRECTIONS || sizes.groups != 1) return WRONG_ARGUMENTS;
-    if (a.left() != count * BLOCK_ARGUMENTS) return WRONG_ARGUMENTS;
-    if (block.norm.rows == 0) return OK;
-    block.in = {nullptr, nullptr, 2 * sizes.channels, block.norm.features, nullptr};
-    block.to_out = {nullptr, nullptr, block.norm.features, sizes.channels, nullptr};
-    const Memory memory(BlockMemory({nullptr}, block, sizes.channels, threads).floats);
-    if (memory.data() == nullptr) return OUT_OF_MEMORY;
-    const BlockMemory shared({memory.data()}, block, sizes.channels, threads);
+// Blocks in turn, on some pictures. `a` stands before the first block's arguments.
+inline int run_blocks(Arguments a, Block block, const Sizes &sizes, int64_t width, int64_t rank, int64_t count,
+                      const BlockMemory &shared, const Threads &threads) {
     for (int64_t index = 0; index < count; ++index) {
         block.norm_weight = a.pointer<const float>();
         block.norm_bias = a.pointer<const float>();
@@ -218,7 +198,66 @@ int bidirectional_blocks(Arguments &a) {
         block.x = block.out;
         block.residual = block.stored;
     }
-    return a.complete() ? OK : WRONG_ARGUMENTS;
+    return OK;
+}
+
+// Pictures enough for all threads are dealt out whole, so that what a thread works on stays in its own cache and no
+// thread waits for another; all threads share each of those that are left.
+int bidirectional_blocks(Arguments &a) {
+    const Threads threads = a.threads(), one{nullptr, 1};
+    if (a.integer() != FLOAT32) return WRONG_ARGUMENTS;
+    const Sizes sizes = read_sizes(a);
+    Block block;
+    block.x = a.pointer<const float>();
+    block.residual = a.pointer<const float>();
+    block.out = a.pointer<float>();
+    block.stored = a.pointer<float>();
+    block.norm.features = a.integer();
+    block.norm.eps = static_cast<float>(a.number());
+    block.norm.rms = a.integer() != 0;
+    block.scale = static_cast<float>(a.number());
+    const int64_t width = a.integer(), rank = a.integer(), count = a.integer();
+    if (sizes.directions != DIRECTIONS || sizes.groups != 1) return WRONG_ARGUMENTS;
+    if (a.left() != count * BLOCK_ARGUMENTS) return WRONG_ARGUMENTS;
+    if (sizes.batch * sizes.length == 0) return OK;
+    block.in = {nullptr, nullptr, 2 * sizes.channels, block.norm.features, nullptr};
+    block.to_out = {nullptr, nullptr, block.norm.features, sizes.channels, nullptr};
+
+    const int64_t whole = threads.count > 1 ? sizes.batch / threads.count * threads.count : 0;
+    const auto some = [&](int64_t first, int64_t pictures) {
+        Block part = block;
+        const int64_t skipped = first * sizes.length * block.norm.features;
+        part.x += skipped;
+        if (part.residual) part.residual += skipped;
+        part.out += skipped;
+        part.stored += skipped;
+        part.norm.rows = pictures * sizes.length;
+        return part;
+    };
+    const auto of = [&](int64_t pictures) {
+        Sizes part = sizes;
+        part.batch = pictures;
+        return part;
+    };
+    if (whole) {
+        const int64_t floats = BlockMemory({nullptr}, some(0, 1), sizes.channels, one).floats;
+        const Memory memory(floats * threads.count);
+        if (memory.data() == nullptr) return OUT_OF_MEMORY;
+        int codes = OK;  // any failure of a picture
+        for_each_task(threads, whole, [&](int64_t picture, int64_t worker) {
+            const Block part = some(picture, 1);
+            const BlockMemory own({memory.data() + worker * floats}, part, sizes.channels, one);
+            const int code = run_blocks(a, part, of(1), width, rank, count, own, one);
+            if (code != OK) __atomic_store_n(&codes, code, __ATOMIC_RELAXED);
+        });
+        if (codes != OK) return codes;
+    }
+    if (whole == sizes.batch) return OK;
+    const Block rest = some(whole, sizes.batch - whole);
+    const Memory memory(BlockMemory({nullptr}, rest, sizes.channels, threads).floats);
+    if (memory.data() == nullptr) return OUT_OF_MEMORY;
+    const BlockMemory shared({memory.data()}, rest, sizes.channels, threads);
+    return run_blocks(a, rest, of(sizes.batch - whole), width, rank, count, shared, threads);
 }
 
 constexpr Kernels kernels(const char *name) {
