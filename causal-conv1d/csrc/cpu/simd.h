@@ -35,7 +35,11 @@ inline Vec by_sign(Vec sign, Vec positive, Vec negative) {
 inline Vec negative_magnitude(Vec a) {
     return {_mm512_castsi512_ps(_mm512_or_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(INT32_MIN)))};
 }
+inline Vec magnitude(Vec a) {
+    return {_mm512_castsi512_ps(_mm512_and_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(INT32_MAX)))};
+}
 inline Vec into_exponent(Vec a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))}; }
+inline Vec nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline bool all_at_most(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ) == 0xFFFF; }
 inline Vec add_bits(Vec a, Vec b) {
     return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
@@ -112,7 +116,9 @@ inline Vec by_sign(Vec sign, Vec positive, Vec negative) {
     return {_mm256_blendv_ps(positive.v, negative.v, sign.v)};
 }
 inline Vec negative_magnitude(Vec a) { return {_mm256_or_ps(a.v, _mm256_set1_ps(-0.0f))}; }
+inline Vec magnitude(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 inline Vec into_exponent(Vec a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))}; }
+inline Vec nearest(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline bool all_at_most(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)) == 0xFF; }
 inline Vec add_bits(Vec a, Vec b) {
     return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v)))};
@@ -184,7 +190,9 @@ inline Vec by_sign(Vec sign, Vec positive, Vec negative) {
     return {vbslq_f32(vcltzq_s32(vreinterpretq_s32_f32(sign.v)), negative.v, positive.v)};
 }
 inline Vec negative_magnitude(Vec a) { return {vnegq_f32(vabsq_f32(a.v))}; }
+inline Vec magnitude(Vec a) { return {vabsq_f32(a.v)}; }
 inline Vec into_exponent(Vec a) { return {vreinterpretq_f32_s32(vshlq_n_s32(vreinterpretq_s32_f32(a.v), 23))}; }
+inline Vec nearest(Vec a) { return {vrndnq_f32(a.v)}; }
 inline bool all_at_most(Vec a, Vec b) { return vminvq_u32(vcleq_f32(a.v, b.v)) != 0; }
 inline Vec add_bits(Vec a, Vec b) {
     return {vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a.v), vreinterpretq_s32_f32(b.v)))};
@@ -250,7 +258,9 @@ inline Vec by_sign(Vec sign, Vec positive, Vec negative) {
     EACH_LANE(bits_of(sign.v[i]) >> 31 ? negative.v[i] : positive.v[i]);
 }
 inline Vec negative_magnitude(Vec a) { EACH_LANE(float_of(bits_of(a.v[i]) | 0x80000000u)); }
+inline Vec magnitude(Vec a) { EACH_LANE(float_of(bits_of(a.v[i]) & 0x7FFFFFFFu)); }
 inline Vec into_exponent(Vec a) { EACH_LANE(float_of(bits_of(a.v[i]) << 23)); }
+inline Vec nearest(Vec a) { EACH_LANE(rintf(a.v[i])); }
 inline bool all_at_most(Vec a, Vec b) {
     return a.v[0] <= b.v[0] && a.v[1] <= b.v[1] && a.v[2] <= b.v[2] && a.v[3] <= b.v[3];
 }
@@ -296,8 +306,6 @@ inline float to_float(bfloat16 a) {
     return value;
 }
 
-inline Vec magnitude(Vec a) { return broadcast(0.0f) - negative_magnitude(a); }
-
 // `count` of the numbers at distance `stride`; the lanes above are zero.
 template <class T>
 inline Vec load_lanes(const T *p, int64_t stride, int count) {
@@ -331,7 +339,7 @@ inline void exp2_each(Vec *x) {
         if (!BOUNDED) x[i] = smaller(broadcast(128.0f), larger(broadcast(-127.0f), x[i]));
         rounded[i] = x[i] + magic;
     }
-    for (int i = 0; i < COUNT; ++i) x[i] = x[i] - (rounded[i] - magic);
+    for (int i = 0; i < COUNT; ++i) x[i] = x[i] - (BOUNDED ? nearest(x[i]) : rounded[i] - magic);
     for (int i = 0; i < COUNT; ++i) p[i] = fma(x[i], broadcast(1.5353359e-4f), broadcast(1.33988762e-3f));
     for (int i = 0; i < COUNT; ++i) p[i] = fma(p[i], x[i], broadcast(9.61843692e-3f));
     for (int i = 0; i < COUNT; ++i) p[i] = fma(p[i], x[i], broadcast(5.55033237e-2f));

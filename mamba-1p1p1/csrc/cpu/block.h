@@ -60,24 +60,30 @@ inline int run_block(Block &block, Computed<float> *directions, const Sizes &siz
                       block.norm_weight, block.norm_bias, block.norm, begin, end, row);
         return end - begin;
     };
-    const auto by_columns = [&](const Linear &linear, const float *a, float *out) {
-        const int64_t size = group_panels(linear, threads), groups = (linear.count() + size - 1) / size;
-        for_each_task(threads, groups, [&](int64_t group, int64_t worker) {
-            apply_group(linear, group, size, shared.in_panels + worker * shared.panels, a, linear.depth, rows, out,
-                        linear.columns);
-        });
+    const auto columns_of = [&](const Linear &linear, const float *a, float *out, int64_t group, int64_t worker) {
+        apply_group(linear, group, group_panels(linear, threads), shared.in_panels + worker * shared.panels, a,
+                    linear.depth, rows, out, linear.columns);
     };
+
+    Inner<float> inner(directions, sizes, threads);
+    if (!inner.has_memory()) return OUT_OF_MEMORY;
+    const int64_t packing = inner.packing_tasks();
     if (shared.few) {
         float *all = normed + own * threads.count;
         for_each_task(threads, tasks, [&](int64_t task, int64_t worker) {
             norm_rows(task, all + task * each * m, normed + worker * own);
         });
-        by_columns(block.in, all, xz);
+        const int64_t groups = group_count(block.in, threads);
+        for_each_task(threads, groups + packing, [&](int64_t task, int64_t worker) {
+            if (task >= groups) return inner.pack(task - groups);
+            columns_of(block.in, all, xz, task, worker);
+        });
     } else {
-        const int64_t panels = block.in.count();
-        for_each_task(threads, panels + block.to_out.count(), [&](int64_t task, int64_t) {
-            if (task < panels) return block.in.pack(task);
-            block.to_out.pack(task - panels);
+        const int64_t panels = block.in.count() + block.to_out.count();
+        for_each_task(threads, panels + packing, [&](int64_t task, int64_t) {
+            if (task >= panels) return inner.pack(task - panels);
+            if (task < block.in.count()) return block.in.pack(task);
+            block.to_out.pack(task - block.in.count());
         });
         for_each_task(threads, tasks, [&](int64_t task, int64_t worker) {
             float *tile = normed + worker * own;
@@ -90,12 +96,12 @@ inline int run_block(Block &block, Computed<float> *directions, const Sizes &siz
     const Sequence<const float> x{xz, length * wide, 1, wide}, z{xz + e, length * wide, 1, wide};
     const Sequence<float> inside{y, length * e, 1, e};
     for (int64_t s = 0; s < sizes.directions; ++s) directions[s].x = directions[s].reverse ? x.reversed(length) : x;
-    const Output<float> output{inside, z, inside, length, block.scale};
-    const int code = bidirectional(directions, sizes, output, threads);
-    if (code != OK) return code;
+    inner.run({inside, z, inside, length, block.scale});
 
     if (shared.few) {
-        by_columns(block.to_out, y, block.out);
+        for_each_task(threads, group_count(block.to_out, threads), [&](int64_t group, int64_t worker) {
+            columns_of(block.to_out, y, block.out, group, worker);
+        });
         return OK;
     }
     for_each_task(threads, tasks, [&](int64_t task, int64_t) {

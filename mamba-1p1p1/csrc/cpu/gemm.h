@@ -119,6 +119,10 @@ inline int64_t group_panels(const Linear &linear, const Threads &threads) {
     const int64_t panels = (linear.count() + 2 * threads.count - 1) / (2 * threads.count);
     return panels < GEMM_GROUP ? panels : GEMM_GROUP;
 }
+inline int64_t group_count(const Linear &linear, const Threads &threads) {
+    const int64_t size = group_panels(linear, threads);
+    return (linear.count() + size - 1) / size;
+}
 
 inline void apply_group(const Linear &linear, int64_t group, int64_t size, float *packed, const float *a,
                         int64_t a_step, int64_t rows, float *out, int64_t out_step) {

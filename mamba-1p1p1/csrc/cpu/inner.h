@@ -20,13 +20,15 @@ struct Computed {
     const float *D, *bias;
     bool reverse;
     int64_t states, rank, channels;
-    float *u, *projected;  // of one span of some pictures: (b, span, padded), (b, span, r + 2 n)
+    float *u, *projected;  // of one span of some pictures: (b, span, padded), (b, span, across)
     Span span;             // what they hold now
     int64_t first_picture, span_tokens;
     float *packed_taps;    // (padded / LANES, w + 1, LANES)
     float *packed;         // of dt_proj, for the channels of a task
 
-    int64_t columns() const { return rank + 2 * states; }
+    // Of `projected`: whole panels of the product.
+    int64_t across() const { return x_proj.count() * PANEL; }
+    Linear all_columns() const { return {x_proj.weight, nullptr, across(), channels, x_proj.panels}; }
     int64_t padded() const { return (channels + LANES - 1) / LANES * LANES; }
     bool constant_b() const { return false; }
     bool constant_c() const { return false; }
@@ -50,7 +52,7 @@ struct Computed {
             convolve_span(x, b, d, lanes, start, tokens, packed_taps + d * (taps.width + 1), taps.width, true, tile,
                           rows + d, padded());
         }
-        apply(x_proj, rows, padded(), tokens, projected + row(b, start) * columns(), columns());
+        apply(all_columns(), rows, padded(), tokens, projected + row(b, start) * across(), across());
     }
 
     void begin(const Part &part, float *memory) {
@@ -60,37 +62,33 @@ struct Computed {
         }
     }
     void stage_projections(const Part &part, int64_t start, int64_t tokens, float *B, float *C) const {
-        const float *from = projected + row(part.batch, start) * columns() + rank;
-        for (int64_t i = 0; i < tokens; ++i, from += columns()) {
+        const float *from = projected + row(part.batch, start) * across() + rank;
+        for (int64_t i = 0; i < tokens; ++i, from += across()) {
             memcpy(B + i * states, from, static_cast<size_t>(states) * sizeof(float));
             memcpy(C + i * states, from + states, static_cast<size_t>(states) * sizeof(float));
         }
     }
     void constants(int64_t, int, float *, float *) const {}
 
-    // COUNT rows of delta before the softplus.
-    template <int COUNT>
-    void steps(const float *r, const float *weights, Vec shift, float *out) const {
-        Vec sums[COUNT];
-        for (int i = 0; i < COUNT; ++i) sums[i] = shift;
-        for (int64_t j = 0; j < rank; ++j) {
-            const Vec weight = load(weights + j * LANES);
-            for (int i = 0; i < COUNT; ++i) sums[i] = fma(broadcast(r[i * columns() + j]), weight, sums[i]);
-        }
-        for (int i = 0; i < COUNT; ++i) store(out + i * LANES, sums[i]);
-    }
-    void stage(const Part &part, int64_t d, int lanes, int64_t start, int64_t tokens, const Staged &to) const {
+    Rows stage(const Part &part, int64_t d, int lanes, int64_t start, int64_t tokens, const Staged &to) const {
         const Vec shift = bias ? load_lanes(bias + d, 1, lanes) : broadcast(0.0f);
-        const Vec skip = D ? load_lanes(D + d, 1, lanes) : broadcast(0.0f);
         const float *weights = packed + (d - part.first) * rank;
-        const int64_t first = row(part.batch, start), across = columns();
-        const float *r = projected + first * across;
-        in_groups(tokens, [&](int64_t t, auto count) {
-            steps<decltype(count)::value>(r + t * across, weights, shift, to.tiles + t * LANES);
+        const int64_t first = row(part.batch, start), step = across();
+        const float *r = projected + first * step;
+        float *const raw = to.tiles;
+        const Rows input{u + first * padded() + d, padded()};
+        in_groups(tokens, [=](int64_t t, auto count) ALWAYS_INLINE {
+            constexpr int n = decltype(count)::value;
+            Vec sums[n];
+            for (int i = 0; i < n; ++i) sums[i] = broadcast(0.0f);
+            for (int64_t j = 0; j < rank; ++j) {
+                const Vec weight = load(weights + j * LANES);
+                for (int i = 0; i < n; ++i) sums[i] = fma(broadcast(r[(t + i) * step + j]), weight, sums[i]);
+            }
+            for (int i = 0; i < n; ++i) store(raw + (t + i) * LANES, sums[i]);
         });
-        const Rows raw{to.tiles, LANES}, input{u + first * padded() + d, padded()};
-        stage_rows(tokens, D ? &skip : nullptr, true, [&](int64_t i) { return raw[i]; },
-                   [&](int64_t i) { return input[i]; }, to);
+        stage_rows(tokens, {raw, LANES}, shift, true, input, to);
+        return input;
     }
 };
 
@@ -119,78 +117,121 @@ struct Spans {
     }
 };
 
+// A call: its memory, how it is cut, and its two stages.
+template <class T>
+class Inner {
+public:
+    // `directions` are the caller's, two of them, and are completed here.
+    Inner(Computed<T> *directions, const Sizes &sizes, const Threads &threads)
+        : directions_(directions), sizes_(sizes), threads_(threads), padded_(directions[0].padded()),
+          spans_(sizes, padded_, threads), partition_(sizes, spans_.pictures, slices_for(threads, spans_.pictures)),
+          worker_floats_(floats_of_worker()), shared_floats_(take_shared({nullptr})),
+          memory_(shared_floats_ + worker_floats_ * threads.count) {
+        if (memory_.data()) take_shared({memory_.data()});
+    }
+    bool has_memory() const { return memory_.data() != nullptr; }
+
+    // Independent tasks to do first: `pack` each of them.
+    int64_t packing_tasks() const { return sizes_.directions * (directions_[0].x_proj.count() + 1); }
+    void pack(int64_t task) const {
+        const Computed<T> &direction = directions_[task % sizes_.directions];
+        const int64_t panel = task / sizes_.directions;
+        if (panel < direction.x_proj.count()) return direction.x_proj.pack(panel);
+        direction.pack_all_taps();
+    }
+
+    void run(const Output<T> &output) {
+        for (int64_t picture = 0; picture < sizes_.batch; picture += spans_.pictures) {
+            const int64_t left = sizes_.batch - picture, pictures = left < spans_.pictures ? left : spans_.pictures;
+            for (int64_t index = 0; index < spans_.count; ++index) {
+                for (int64_t s = 0; s < sizes_.directions; ++s) {
+                    directions_[s].span = spans_.span(index, sizes_.length);
+                    directions_[s].first_picture = picture;
+                }
+                project(picture, pictures);
+                scan(picture, pictures, index, output);
+            }
+        }
+    }
+
+private:
+    int64_t floats_of_worker() const {
+        const int64_t scanning = ScanMemory<Computed<T>>({nullptr}, sizes_, partition_.blocks, directions_[0]).floats;
+        const int64_t projecting = (PROJECTED + directions_[0].taps.width) * LANES;
+        return ((scanning > projecting ? scanning : projecting) + 15) / 16 * 16;
+    }
+
+    // Deal out what the threads share; returns how much that is.
+    int64_t take_shared(Cursor memory) {
+        const int64_t pictures = spans_.pictures, states = padded_ * sizes_.states;
+        for (int64_t s = 0; s < sizes_.directions; ++s) {
+            Computed<T> &direction = directions_[s];
+            direction.u = memory.take(pictures * spans_.tokens * padded_);
+            direction.projected = memory.take(pictures * spans_.tokens * direction.across());
+            direction.x_proj.panels = memory.take(direction.x_proj.packed());
+            direction.packed_taps = memory.take(padded_ * (direction.taps.width + 1));
+            direction.span_tokens = spans_.tokens;
+        }
+        const bool carries = spans_.count > 1;
+        float *carried = memory.take(carries ? sizes_.batch * sizes_.directions * states : 0);
+        kept_ = {nullptr, nullptr, carries ? carried : nullptr};
+        return memory.used;
+    }
+
+    float *own(int64_t worker) const { return memory_.data() + shared_floats_ + worker * worker_floats_; }
+
+    // u and (r, B, C) of a span.
+    void project(int64_t picture, int64_t pictures) const {
+        const Span span = directions_[0].span;
+        const int64_t tiles = (span.end - span.begin + PROJECTED - 1) / PROJECTED;
+        for_each_task(threads_, pictures * sizes_.directions * tiles, [&](int64_t task, int64_t worker) {
+            const int64_t s = task / tiles % sizes_.directions, b = picture + task / tiles / sizes_.directions;
+            const int64_t start = span.begin + task % tiles * PROJECTED, rest = span.end - start;
+            directions_[s].project(b, start, rest < PROJECTED ? rest : PROJECTED, own(worker));
+        });
+    }
+
+    void scan(int64_t picture, int64_t pictures, int64_t index, const Output<T> &output) const {
+        const int64_t tasks = partition_.tasks() / spans_.pictures * pictures;
+        for_each_task(threads_, tasks, [&](int64_t task, int64_t worker) {
+            const Part part = partition_.part(task, picture);
+            const ScanMemory<Computed<T>> mine({own(worker)}, sizes_, partition_.blocks, directions_[0]);
+            for (int64_t s = 0; s < sizes_.directions; ++s) {
+                Computed<T> source = directions_[s];
+                const bool way = source.reverse;
+                // Tokens below this number are reached by this direction before the other one.
+                const int64_t firsts = sizes_.length - (index + s) * spans_.tokens;
+                scan_part(source, sizes_, part, s, source.span, mine.work, kept_, mine.spare,
+                          [&](const Part &p, int64_t d, int lanes, int64_t start, int64_t tokens, const Scanned &y,
+                              float *tiles) {
+                              const int64_t ahead = firsts - start;
+                              const int64_t head = ahead < 0 ? 0 : ahead < tokens ? ahead : tokens;
+                              if (head) output.take(p, way, true, false, lanes, d, start, head, y, tiles);
+                              if (head == tokens) return;
+                              output.take(p, way, false, true, lanes, d, start + head, tokens - head, y.from(head),
+                                          tiles);
+                          });
+            }
+        });
+    }
+
+    Computed<T> *directions_;
+    const Sizes sizes_;
+    const Threads threads_;
+    const int64_t padded_;
+    const Spans spans_;
+    const Partition partition_;
+    Kept kept_;
+    const int64_t worker_floats_, shared_floats_;
+    const Memory memory_;
+};
+
 template <class T>
 int bidirectional(Computed<T> *directions, const Sizes &sizes, const Output<T> &output, const Threads &threads) {
     if (sizes.batch * sizes.channels * sizes.length == 0) return OK;
-    const int64_t width = directions[0].taps.width, padded = directions[0].padded(), columns = directions[0].columns();
-    const Spans spans(sizes, padded, threads);
-    const Partition partition(sizes, spans.pictures, slices_for(threads, spans.pictures));
-
-    Cursor counter{nullptr};
-    const auto take_shared = [&](Cursor &memory) {
-        for (int64_t s = 0; s < sizes.directions; ++s) {
-            directions[s].u = memory.take(spans.pictures * spans.tokens * padded);
-            directions[s].projected = memory.take(spans.pictures * spans.tokens * columns);
-            directions[s].x_proj.panels = memory.take(directions[s].x_proj.packed());
-            directions[s].packed_taps = memory.take(padded * (width + 1));
-            directions[s].span_tokens = spans.tokens;
-        }
-        return memory.take(spans.count > 1 ? sizes.batch * sizes.directions * padded * sizes.states : 0);
-    };
-    take_shared(counter);
-    const int64_t scanning = ScanMemory<Computed<T>>({nullptr}, sizes, partition.blocks, directions[0]).floats;
-    const int64_t projecting = (PROJECTED + width) * LANES, most = scanning > projecting ? scanning : projecting;
-    const int64_t floats = (most + 15) / 16 * 16;
-    const Memory memory(counter.used + floats * threads.count);
-    if (memory.data() == nullptr) return OUT_OF_MEMORY;
-    Cursor shared{memory.data()};
-    float *carried = take_shared(shared);
-    const Kept kept{nullptr, nullptr, spans.count > 1 ? carried : nullptr};
-    float *own = memory.data() + counter.used;
-
-    const int64_t panels = directions[0].x_proj.count();
-    for_each_task(threads, sizes.directions * (panels + 1), [&](int64_t task, int64_t) {
-        const Computed<T> &direction = directions[task % sizes.directions];
-        const int64_t panel = task / sizes.directions;
-        if (panel < panels) return direction.x_proj.pack(panel);
-        direction.pack_all_taps();
-    });
-    for (int64_t picture = 0; picture < sizes.batch; picture += spans.pictures) {
-        const int64_t left = sizes.batch - picture, pictures = left < spans.pictures ? left : spans.pictures;
-        for (int64_t index = 0; index < spans.count; ++index) {
-            const Span span = spans.span(index, sizes.length);
-            for (int64_t s = 0; s < sizes.directions; ++s) {
-                directions[s].span = span;
-                directions[s].first_picture = picture;
-            }
-            const int64_t tiles = (span.end - span.begin + PROJECTED - 1) / PROJECTED;
-            for_each_task(threads, pictures * sizes.directions * tiles, [&](int64_t task, int64_t worker) {
-                const int64_t s = task / tiles % sizes.directions, b = picture + task / tiles / sizes.directions;
-                const int64_t start = span.begin + task % tiles * PROJECTED, rest = span.end - start;
-                directions[s].project(b, start, rest < PROJECTED ? rest : PROJECTED, own + worker * floats);
-            });
-            const int64_t tasks = partition.tasks() / spans.pictures * pictures;
-            for_each_task(threads, tasks, [&](int64_t task, int64_t worker) {
-                const Part part = partition.part(task, picture);
-                const ScanMemory<Computed<T>> mine({own + worker * floats}, sizes, partition.blocks, directions[0]);
-                for (int64_t s = 0; s < sizes.directions; ++s) {
-                    Computed<T> source = directions[s];
-                    // Tokens below this number are reached by this direction before the other one.
-                    const int64_t firsts = sizes.length - (index + s) * spans.tokens;
-                    scan_part(source, sizes, part, s, span, mine.work, kept, mine.spare,
-                              [&](const Part &p, int64_t d, int lanes, int64_t start, int64_t tokens, float *y,
-                                  float *spare) {
-                                  const int64_t ahead = firsts - start;
-                                  const int64_t head = ahead < 0 ? 0 : ahead < tokens ? ahead : tokens;
-                                  const bool way = source.reverse;
-                                  if (head) output.take(p, way, true, false, lanes, d, start, head, y, spare);
-                                  if (head == tokens) return;
-                                  output.take(p, source.reverse, false, true, lanes, d, start + head, tokens - head,
-                                              y + head * LANES, spare);
-                              });
-                }
-            });
-        }
-    }
+    Inner<T> inner(directions, sizes, threads);
+    if (!inner.has_memory()) return OUT_OF_MEMORY;
+    for_each_task(threads, inner.packing_tasks(), [&](int64_t task, int64_t) { inner.pack(task); });
+    inner.run(output);
     return OK;
 }

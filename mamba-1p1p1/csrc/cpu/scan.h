@@ -19,9 +19,9 @@ inline void add_to(float *sum, Vec a) { store(sum, load(sum) + a); }
 
 // What one direction stages for a vector of channels and a chunk: (CHUNK, LANES) each.
 struct Staged {
-    float *dt, *weighted, *skipped, *y;  // D * u is added to y last: it may be much larger than each term
-    float *reach;  // (LANES,): the largest |dt| of the chunk, or a NaN
-    float *tiles;  // room for three tiles
+    float *dt, *weighted, *y;  // `weighted` is dt * u; y is written by the sweep
+    float *reach;              // (LANES,): the largest |dt| of the chunk, or a NaN
+    float *tiles;              // room for three tiles
 };
 
 // Factors 2^(dt * a) of a chunk for one state, COUNT vectors apart.
@@ -39,8 +39,8 @@ inline void decays(const float *dt, int64_t tokens, Vec a, float *out) {
 // Of B and C, varying ones are staged per chunk as (CHUNK, n), constant ones per vector of channels as (n, LANES).
 // The factors come first, independent of each other; the recurrence then runs over them.
 template <int COUNT, bool CONSTANT_B, bool CONSTANT_C, bool BOUNDED>
-void sweep_tile(const Staged staged, int64_t tokens, int64_t states, const float *B, const float *C, const float *A,
-                float *h) {
+void sweep_tile(const Staged staged, int64_t tokens, int64_t states, bool first, const float *B, const float *C,
+                const float *A, float *h) {
     alignas(64) float factors[CHUNK * COUNT * LANES];
     Vec s[COUNT];
     for (int j = 0; j < COUNT; ++j) {
@@ -53,7 +53,7 @@ void sweep_tile(const Staged staged, int64_t tokens, int64_t states, const float
             const Vec b = CONSTANT_B ? load(B + j * LANES) : broadcast(B[t * states + j]);
             s[j] = fma(load(factors + (t * COUNT + j) * LANES), s[j], x * b);
         }
-        Vec y = load(staged.y + t * LANES);
+        Vec y = first ? broadcast(0.0f) : load(staged.y + t * LANES);
         for (int j = 0; j < COUNT; ++j) {
             const Vec c = CONSTANT_C ? load(C + j * LANES) : broadcast(C[t * states + j]);
             y = fma(s[j], c, y);
@@ -74,13 +74,15 @@ inline bool bounded(const float *A, const float *reach) {
 template <bool CONSTANT_B, bool CONSTANT_C>
 void sweep(const Staged &staged, int64_t tokens, int64_t states, const float *B, const float *C, const float *A,
            float *h) {
+    if (states == 0) memset(staged.y, 0, static_cast<size_t>(tokens * LANES) * sizeof(float));
     int64_t n = 0;
     const auto some = [&](auto count) {
         constexpr int COUNT = decltype(count)::value;
         const int64_t first = n * LANES;
         const auto tile = bounded<COUNT>(A + first, staged.reach) ? sweep_tile<COUNT, CONSTANT_B, CONSTANT_C, true>
                                                                   : sweep_tile<COUNT, CONSTANT_B, CONSTANT_C, false>;
-        tile(staged, tokens, states, B + (CONSTANT_B ? first : n), C + (CONSTANT_C ? first : n), A + first, h + first);
+        tile(staged, tokens, states, n == 0, B + (CONSTANT_B ? first : n), C + (CONSTANT_C ? first : n), A + first,
+             h + first);
         n += COUNT;
     };
     while (n + TILE <= states) some(Count<TILE>());
@@ -94,29 +96,34 @@ inline Sweep sweep_for(bool constant_b, bool constant_c) {
     return constant_c ? sweep<false, true> : sweep<false, false>;
 }
 
-// Stage the tokens of a chunk, `step(t)` being delta before the softplus and `u(t)` the input.
-//
-// `skip`: D of these channels, or null.
-template <class Step, class Input>
-inline void stage_rows(int64_t tokens, const Vec *skip, bool positive, const Step &step, const Input &u,
-                       const Staged &to) {
+// Stage the tokens of a chunk: `raw` is delta before the bias and the softplus, u the input.
+inline void stage_rows(int64_t tokens, Rows raw, Vec bias, bool positive, Rows u, const Staged &to) {
+    float *const steps = to.dt, *const weighted = to.weighted;
     Vec reach = broadcast(0.0f);
-    in_groups(tokens, [&](int64_t t, auto count) {
+    in_groups(tokens, [&reach, raw, bias, positive, u, steps, weighted](int64_t t, auto count) ALWAYS_INLINE {
         constexpr int n = decltype(count)::value;
         Vec dt[n];
-        for (int i = 0; i < n; ++i) dt[i] = step(t + i);
+        for (int i = 0; i < n; ++i) dt[i] = raw[t + i] + bias;
         if (positive) softplus_each<n>(dt);
         for (int i = 0; i < n; ++i) {
-            const Vec x = u(t + i);
             reach = larger_bits(reach, magnitude(dt[i]));
-            store(to.dt + (t + i) * LANES, dt[i]);
-            store(to.weighted + (t + i) * LANES, dt[i] * x);
-            store(to.skipped + (t + i) * LANES, skip ? *skip * x : broadcast(0.0f));
-            store(to.y + (t + i) * LANES, broadcast(0.0f));
+            store(steps + (t + i) * LANES, dt[i]);
+            store(weighted + (t + i) * LANES, dt[i] * u[t + i]);
         }
     });
     store(to.reach, reach);
 }
+
+// The rows that a scan of a vector of channels and a chunk puts out: y, with the skip. D * u comes last because it may
+// be much larger than each term.
+struct Scanned {
+    float *y;  // (tokens, LANES)
+    Rows u;
+    Vec D;
+    bool skips;
+    Vec operator[](int64_t i) const { return skips ? fma(u[i], D, load(y + i * LANES)) : load(y + i * LANES); }
+    Scanned from(int64_t token) const { return {y + token * LANES, {u.data + token * u.step, u.step}, D, skips}; }
+};
 
 // Where one task works: a picture, a group, and channels of it counted from the first of all channels.
 struct Part {
@@ -169,7 +176,6 @@ struct Workspace {
         C = memory.take(projected);
         staged.dt = memory.take(CHUNK * LANES);
         staged.weighted = memory.take(CHUNK * LANES);
-        staged.skipped = memory.take(CHUNK * LANES);
         staged.y = memory.take(CHUNK * LANES);
         staged.reach = memory.take(LANES);
         staged.tiles = memory.take(3 * CHUNK * LANES);
@@ -188,8 +194,10 @@ inline int lanes_at(int64_t d, int64_t last) { return static_cast<int>(last - d 
 //
 // `source` offers: constant_b(), constant_c(); begin(part, spare) with memory of its own; A(d) the n rates of a
 //     channel, contiguous, and rates(v) of what is stored there; stage_projections(part, start, tokens, B, C) for
-//     varying ones, or constants(d, lanes, B, C) for constant ones; stage(part, d, lanes, start, tokens, staged).
-// `finish(part, d, lanes, start, tokens, y, tiles)` takes the (tokens, LANES) outputs, in the order of the direction.
+//     varying ones, or constants(d, lanes, B, C) for constant ones; stage(part, d, lanes, start, tokens, staged), which
+//     returns the rows of u, the first of the staged tiles at most being theirs; D, (d,) or null.
+// `finish(part, d, lanes, start, tokens, scanned, tiles)` takes the outputs, in the order of the direction, and finds
+// room for two tiles.
 template <class Source, class Finish>
 void scan_part(Source &source, const Sizes &sizes, const Part &part, int64_t direction, Span span,
                const Workspace &work, const Kept &kept, float *spare, const Finish &finish) {
@@ -228,11 +236,11 @@ void scan_part(Source &source, const Sizes &sizes, const Part &part, int64_t dir
                 for (int64_t j = 0; j < n; ++j) store_lanes(before + j * k, 1, lanes, load(h + j * LANES));
             }
             source.constants(d, lanes, constant_b ? work.B : nullptr, constant_c ? work.C : nullptr);
-            source.stage(part, d, lanes, start, tokens, work.staged);
+            const Rows u = source.stage(part, d, lanes, start, tokens, work.staged);
             run(work.staged, tokens, n, work.B, work.C, work.A + block * state_floats, h);
-            const Staged &staged = work.staged;
-            for (int64_t t = 0; t < tokens; ++t) add_to(staged.y + t * LANES, load(staged.skipped + t * LANES));
-            finish(part, d, lanes, start, tokens, staged.y, staged.tiles);
+            const Vec skip = source.D ? load_lanes(source.D + d, 1, lanes) : broadcast(0.0f);
+            finish(part, d, lanes, start, tokens, Scanned{work.staged.y, u, skip, source.D != nullptr},
+                   work.staged.tiles + CHUNK * LANES);
         }
     }
     if (carried) memcpy(carried, work.h, held);
@@ -253,31 +261,35 @@ struct Output {
     int64_t length;
     float scale;
 
-    // `reverse`: the tokens of y run from the end. y is overwritten.
+    // `reverse`: the tokens of `from` run from the end. Its y is overwritten; `tiles` has room for two.
     void take(const Part &part, bool reverse, bool first, bool last, int d_lanes, int64_t d, int64_t start,
-              int64_t tokens, float *y, float *tiles) const {
+              int64_t tokens, const Scanned &from, float *tiles) const {
         const int64_t t = reverse ? length - 1 - start : start, way = reverse ? -1 : 1;
         float *partial = sum.at(part.batch, d, t);
-        if (!first) {
-            const Rows before = rows_of(partial, sum.channel, way * sum.token, d_lanes, tokens, tiles);
-            for (int64_t i = 0; i < tokens; ++i) store(y + i * LANES, load(y + i * LANES) + before[i]);
+        Rows before{};
+        if (!first) before = rows_of(partial, sum.channel, way * sum.token, d_lanes, tokens, tiles);
+        const auto total = [&](int64_t i) ALWAYS_INLINE { return first ? from[i] : from[i] + before[i]; };
+        if (!last) {
+            const Target<float> target{partial, sum.channel, way * sum.token, d_lanes, from.y};
+            for (int64_t i = 0; i < tokens; ++i) store(target.rows() + i * target.step(), total(i));
+            return target.written(tokens);
         }
-        if (!last) return scatter(y, d_lanes, tokens, partial, sum.channel, way * sum.token);
-        const Target<T> target{out.at(part.batch, d, t), out.channel, way * out.token, d_lanes, y};
+        const Target<T> target{out.at(part.batch, d, t), out.channel, way * out.token, d_lanes, from.y};
         float *to = target.rows();
         const int64_t step = target.step();
         const Vec factor = broadcast(scale);
         if (z.data) {
-            const Rows gate = rows_of(z.at(part.batch, d, t), z.channel, way * z.token, d_lanes, tokens, tiles);
-            in_groups(tokens, [&](int64_t i, auto count) {
+            const Rows gate = rows_of(z.at(part.batch, d, t), z.channel, way * z.token, d_lanes, tokens,
+                                      tiles + CHUNK * LANES);
+            in_groups(tokens, [&](int64_t i, auto count) ALWAYS_INLINE {
                 constexpr int n = decltype(count)::value;
                 Vec x[n];
                 for (int j = 0; j < n; ++j) x[j] = gate[i + j];
                 silu_each<n>(x);
-                for (int j = 0; j < n; ++j) store(to + (i + j) * step, load(y + (i + j) * LANES) * factor * x[j]);
+                for (int j = 0; j < n; ++j) store(to + (i + j) * step, total(i + j) * factor * x[j]);
             });
         } else {
-            for (int64_t i = 0; i < tokens; ++i) store(to + i * step, load(y + i * LANES) * factor);
+            for (int64_t i = 0; i < tokens; ++i) store(to + i * step, total(i) * factor);
         }
         target.written(tokens);
     }
@@ -318,15 +330,14 @@ struct Given {
         if (B) gather(B_data + d * B_strides[0], B_strides[0], B_strides[2], lanes, states, B);
         if (C) gather(C_data + d * C_strides[0], C_strides[0], C_strides[2], lanes, states, C);
     }
-    void stage(const Part &part, int64_t d, int lanes, int64_t start, int64_t tokens, const Staged &to) const {
+    Rows stage(const Part &part, int64_t d, int lanes, int64_t start, int64_t tokens, const Staged &to) const {
         const Vec shift = bias ? load_lanes(bias + d, 1, lanes) : broadcast(0.0f);
-        const Vec skip = D ? load_lanes(D + d, 1, lanes) : broadcast(0.0f);
         const int64_t t = reverse ? length - 1 - start : start, way = reverse ? -1 : 1;
         const Rows x = rows_of(u.at(part.batch, d, t), u.channel, way * u.token, lanes, tokens, to.tiles);
-        const Rows steps = rows_of(delta.at(part.batch, d, t), delta.channel, way * delta.token, lanes, tokens,
-                                   to.tiles + CHUNK * LANES);
-        stage_rows(tokens, D ? &skip : nullptr, softplus_steps, [&](int64_t i) { return steps[i] + shift; },
-                   [&](int64_t i) { return x[i]; }, to);
+        const Rows raw = rows_of(delta.at(part.batch, d, t), delta.channel, way * delta.token, lanes, tokens,
+                                 to.tiles + CHUNK * LANES);
+        stage_rows(tokens, raw, shift, softplus_steps, x, to);
+        return x;
     }
 };
 
@@ -355,7 +366,8 @@ int scan(const Given<T> *sources, const Sizes &sizes, const Output<T> &output, c
         for (int64_t s = 0; s < sizes.directions; ++s) {
             Given<T> source = sources[s];
             scan_part(source, sizes, part, s, Span{0, sizes.length}, own.work, kept, own.spare,
-                      [&](const Part &p, int64_t d, int lanes, int64_t start, int64_t tokens, float *y, float *tiles) {
+                      [&](const Part &p, int64_t d, int lanes, int64_t start, int64_t tokens, const Scanned &y,
+                          float *tiles) {
                           output.take(p, source.reverse, s == 0, s == sizes.directions - 1, lanes, d, start, tokens, y,
                                       tiles);
                       });
