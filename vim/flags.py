@@ -40,7 +40,7 @@ class _Flags:
 
     def value(self, names: str, kind: type, default: Any, meaning: str, **options: Any) -> None:
         """A flag with a value; other names for it may follow after a space."""
-        shown = "" if default in (None, "") else " (default: %(default)s)"
+        shown = "" if default in (None, "", ()) else " (default: %(default)s)"
         self._group.add_argument(*names.split(), type=kind, default=default, help=meaning + shown, **options)
 
     def values(self, name: str, meaning: str) -> None:
@@ -90,8 +90,23 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         "upstream takes row 0 for it, as the fine-tuning recipe of the published + weights did",
         choices=("middle", "upstream"),
     )
+    flags.switch("--auto-resume", "go on from checkpoint.pth of --output_dir if it is there, else begin")
+    flags.value("--save-every", int, None, "also save after every so many steps (default: after each epoch only)")
+    flags.value("--log-interval", int, 10, "steps between two lines of progress")
+    flags.switch("--tensorboard", "also write what is logged for TensorBoard, into --output_dir")
+    flags.switch("--mlflow", "also log to MLflow, as its own environment variables say")
     flags.value("--start_epoch", int, 0, "number of the first epoch")
     flags.value("--epochs", int, 300, "number of epochs")
+    flags.value(
+        "--mend",
+        str,
+        (),
+        "depart from upstream's recipe where it is at fault: "
+        + "; ".join(f"{name}: {what}" for name, what in MENDS.items()),
+        nargs="+",
+        choices=tuple(MENDS),
+        metavar="FAULT",
+    )
     flags.value("--output_dir", str, "", "folder for checkpoints and logs; nothing is saved without it")
     flags.value("--device", str, _default_device(), "cpu, cuda, cuda:1 ...; CUDA where there is one, else the CPU")
     flags.value("--seed", int, 0, "seed of the random numbers; the rank of the process is added")
@@ -99,6 +114,15 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# What upstream's training does wrong and published recipes were run with; by name, so that each can be mended.
+MENDS = {
+    "lr-lag": "the learning rate is that of the running epoch, not of the one before",
+    "ssm-decay": "no weight decay on A_log, D and their backward twins",
+    "dt-bias": "the backward direction's dt_proj bias starts as the forward one's does, not at 0",
+    "ema-best": "the best checkpoint is chosen by the moving average's accuracy, not the network's",
+}
 
 
 def _add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +140,12 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         "name",
         "what counts as a class of iNaturalist",
         choices=("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"),
+    )
+    flags.value(
+        "--val-split",
+        float,
+        0.1,
+        "part of each class kept for validation, drawn by --seed, where the data has no val/ of its own",
     )
     flags.value("--batch-size", int, 64, "pictures per step and process")
     flags.value("--val-batch-size", int, None, "pictures per step in evaluation (default: that of --batch-size)")
@@ -141,6 +171,9 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     flags.value("--model-ema-decay", float, 0.99996, "decay of the moving average per step")
     flags.switch("--model-ema-force-cpu", "keep the moving average in CPU memory")
     flags.pair("--train-mode", "--no-train-mode", True, "train with dropout and batch statistics switched on")
+    flags.switch(
+        "--use-checkpoint", "compute each block's activations again in the backward pass: less memory, more time"
+    )
     flags.switch("--attn-only", "train only attention, head and position embeddings (for models with attention)")
     flags.pair(
         "--if_random_cls_token_position",
