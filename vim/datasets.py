@@ -1,8 +1,9 @@
-"""Data sets of pictures, and how class folders become the class numbers of a model."""
+"""Data sets of pictures, and the transforms of their pictures."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -16,14 +17,23 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder, VisionDataset
 
-from labels import imagenet_wnids
+from class_folders import class_folders, folder_to_split, held_out, is_picture, paths_within
+from class_match import ClassMatch, DataError, match_classes
 from pictures import PICTURE_SUFFIXES, PictureError, eval_transform, open_picture
 
-IMAGENET_CLASSES = 1000
-
-
-class DataError(ValueError):
-    """A data set that cannot be used; its text is one sentence that names the place and the mend."""
+__all__ = [
+    "Batch",
+    "ClassMatch",
+    "DataError",
+    "INatDataset",
+    "PictureFolder",
+    "Replaced",
+    "Unreadable",
+    "build_dataset",
+    "build_transform",
+    "collate_readable",
+    "match_classes",
+]
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,14 @@ class Unreadable:
     """What a data set gives in place of a picture that cannot be read: the reason, naming the file."""
 
     reason: str
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """Another (image, class number) in place of one that cannot be read, and why, one reason per picture tried."""
+
+    item: tuple[Tensor, int]
+    reasons: tuple[str, ...]
 
 
 class Batch(NamedTuple):
@@ -44,91 +62,20 @@ class Batch(NamedTuple):
     unreadable: list[str]
 
 
-def collate_readable(items: Sequence[tuple[Tensor, int] | Unreadable]) -> Batch:
+def collate_readable(items: Sequence[tuple[Tensor, int] | Unreadable | Replaced]) -> Batch:
     """Stack what could be read into a `Batch`: the `collate_fn` for the data sets of this module."""
-    readable = [item for item in items if not isinstance(item, Unreadable)]
-    reasons = [item.reason for item in items if isinstance(item, Unreadable)]
+    readable: list[tuple[Tensor, int]] = []
+    reasons: list[str] = []
+    for item in items:
+        if isinstance(item, Unreadable):
+            reasons.append(item.reason)
+        elif isinstance(item, Replaced):
+            readable.append(item.item)
+            reasons.extend(item.reasons)
+        else:
+            readable.append(item)
     images = torch.stack([image for image, _ in readable]) if readable else torch.empty(0)
     return Batch(images, torch.tensor([target for _, target in readable], dtype=torch.int64), reasons)
-
-
-@dataclass(frozen=True)
-class ClassMatch:
-    """The class number of each folder, how many numbers the model has, and in words how they were found."""
-
-    number_of: dict[str, int]
-    num_classes: int
-    found_by: str
-
-
-def match_classes(
-    folders: Sequence[str], *, class_names: Sequence[str] | None = None, num_classes: int | None = None
-) -> ClassMatch:
-    """Find the class number of each folder, so that a part of the folders gives the same numbers as all.
-
-    Tried in this order: the names that the checkpoint carries; ImageNet's WordNet ids if there are 1000
-    classes; the sorted order of the folders, which is how torchvision's ImageFolder numbers them in training.
-
-    Args:
-        folders: names of the class folders.
-        class_names: the checkpoint's names by class number, None if it has none.
-        num_classes: outputs of the model; None: as many as the way of matching gives.
-    Raises:
-        DataError: some folders are none of the names, a name stands for several classes, or the numbers
-            of names, folders and outputs do not go together.
-    """
-    if class_names is not None and num_classes not in (None, len(class_names)):
-        raise DataError(
-            f"The checkpoint names {len(class_names)} classes but its model has {num_classes} outputs; "
-            "write the checkpoint again with as many names as outputs."
-        )
-    candidates: list[tuple[str, Sequence[str]]] = []
-    if class_names is not None:
-        candidates.append(("the checkpoint's class names", class_names))
-    if num_classes in (None, IMAGENET_CLASSES):
-        candidates.append(("ImageNet's WordNet ids", imagenet_wnids()))
-    for found_by, names in candidates:
-        number_of = {name: number for number, name in enumerate(names)}
-        if all(folder in number_of for folder in folders):
-            _refuse_ambiguous(folders, names)
-            return ClassMatch({folder: number_of[folder] for folder in folders}, len(names), found_by)
-    for found_by, names in candidates:
-        known = set(names)
-        strangers = [folder for folder in folders if folder not in known]
-        if class_names is not None or len(strangers) < len(folders):
-            raise DataError(_describe_strangers(strangers, folders, found_by, names))
-    if num_classes is not None and len(folders) > num_classes:
-        raise DataError(
-            f"There are {len(folders)} class folders ({_first_few(folders)}) but the model has only "
-            f"{num_classes} outputs; use the checkpoint that was trained on these classes."
-        )
-    number_of = {folder: number for number, folder in enumerate(sorted(folders))}
-    found_by = "the sorted order of the folders"
-    if num_classes is not None and len(folders) < num_classes:
-        found_by += " (a guess, for the model has more classes and no names for them)"
-    return ClassMatch(number_of, num_classes or len(folders), found_by)
-
-
-def _refuse_ambiguous(folders: Sequence[str], names: Sequence[str]) -> None:
-    for folder in folders:
-        numbers = [number for number, name in enumerate(names) if name == folder]
-        if len(numbers) > 1:
-            raise DataError(
-                f"The class folder {folder!r} could be any of the classes {numbers}, which share that name; "
-                "use a checkpoint whose class names differ."
-            )
-
-
-def _describe_strangers(strangers: Sequence[str], folders: Sequence[str], found_by: str, names: Sequence[str]) -> str:
-    return (
-        f"{len(strangers)} of {len(folders)} class folders are none of {found_by}: {_first_few(strangers)} "
-        f"(known are {_first_few(names)}); rename the folders, or use the checkpoint trained on them."
-    )
-
-
-def _first_few(names: Sequence[str], count: int = 5) -> str:
-    shown = ", ".join(repr(name) for name in names[:count])
-    return shown if len(names) <= count else f"{shown} and {len(names) - count} more"
 
 
 class PictureFolder(ImageFolder):
@@ -143,9 +90,12 @@ class PictureFolder(ImageFolder):
     Attributes:
         found_by: how the class numbers were found, in words.
         num_classes: outputs that a model for these numbers has.
+        note: what a person should know about where the pictures come from, if anything.
     Raises:
         DataError: there is no such folder, no class folder or no picture in it, or the classes do not match.
     """
+
+    note: str | None = None
 
     def __init__(
         self,
@@ -155,10 +105,10 @@ class PictureFolder(ImageFolder):
         class_names: Sequence[str] | None = None,
         num_classes: int | None = None,
     ) -> None:
-        folders = _class_folders(Path(root))
+        folders = class_folders(Path(root))
         match = match_classes(folders, class_names=class_names, num_classes=num_classes)
         self._number_of, self.num_classes, self.found_by = match.number_of, match.num_classes, match.found_by
-        super().__init__(str(root), transform, loader=open_picture, is_valid_file=_is_picture, allow_empty=True)
+        super().__init__(str(root), transform, loader=open_picture, is_valid_file=is_picture, allow_empty=True)
         if not self.samples:
             raise DataError(
                 f"The class folders of {str(root)!r} hold no pictures; known are the endings "
@@ -176,33 +126,22 @@ class PictureFolder(ImageFolder):
         except (PictureError, OSError) as error:
             return Unreadable(str(error))
 
-
-def _class_folders(root: Path) -> list[str]:
-    if not root.parent.is_dir():
-        raise DataError(
-            f"The data folder {str(root.parent)!r} does not exist; --data-path names the folder that holds "
-            f"{root.name}/ with one folder of pictures per class."
+    def split(self, part: float, seed: int) -> tuple[PictureFolder, PictureFolder]:
+        """Return the pictures to train on and those kept for validation, with a `note`; see `held_out`."""
+        kept = held_out(paths_within(self.root, [path for path, _ in self.samples]), part, seed)
+        without = sorted(set(range(len(self))) - set(kept))
+        note = (
+            f"there is no val/, so of the {len(self)} pictures of {self.root!r} {len(kept)} are for validation and "
+            f"{len(without)} for training; the same --val-split {part:g} and --seed {seed} draw the same ones again"
         )
-    if not root.is_dir():
-        raise DataError(
-            f"{str(root.parent)!r} has no folder {root.name!r}; --data-path names the folder that holds "
-            f"{root.name}/ with one folder of pictures per class."
-        )
-    try:
-        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"The folder {str(root)!r} cannot be read: {error.strerror}.") from error
-    for folder in folders:
-        if not os.access(root / folder, os.R_OK | os.X_OK):  # torchvision would take it for an empty one
-            raise DataError(f"The class folder {str(root / folder)!r} cannot be read: permission denied.")
-    if not folders:
-        raise DataError(f"{str(root)!r} holds no class folders; it needs one folder of pictures per class.")
-    return folders
+        return self._only(without, note), self._only(kept, note)
 
-
-def _is_picture(path: str) -> bool:
-    name = Path(path)
-    return name.suffix.lower() in PICTURE_SUFFIXES and not name.name.startswith(".")
+    def _only(self, indices: Sequence[int], note: str) -> PictureFolder:
+        some = copy.copy(self)
+        some.samples = some.imgs = [self.samples[index] for index in indices]
+        some.targets = [target for _, target in some.samples]
+        some.note = note
+        return some
 
 
 class INatDataset(PictureFolder):
@@ -274,8 +213,9 @@ def build_dataset(
     """Return the data set that `args` names, and the number of classes of a model for it.
 
     Args:
-        is_train: the training pictures with their augmentation, else those for validation.
-        args: data_set, data_path, inat_category, and what `build_transform` reads.
+        is_train: the training pictures with their augmentation, else those for validation. Where class folders
+            have no val/ beside them, both are parts of the same folder; see `class_folders`.
+        args: data_set, data_path, inat_category, val_split, seed, and what `build_transform` reads.
         class_names: the checkpoint's names by class number, None if it has none.
         num_classes: outputs of the model, None if it is to be built for the data.
     Raises:
@@ -283,8 +223,13 @@ def build_dataset(
     """
     transform = build_transform(is_train, args)
     if args.data_set == "IMNET":
-        folder = Path(args.data_path) / ("train" if is_train else "val")
+        data = Path(args.data_path)
+        undivided = folder_to_split(data)
+        folder = undivided or data / ("train" if is_train else "val")
         pictures = PictureFolder(folder, transform, class_names=class_names, num_classes=num_classes)
+        if undivided is not None:
+            training, validation = pictures.split(args.val_split, args.seed)
+            pictures = training if is_train else validation
         return pictures, pictures.num_classes
     dataset: Dataset[Any]
     if args.data_set == "CIFAR":
@@ -336,8 +281,19 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Callable[[Any],
         return eval_transform(args.input_size, args.eval_crop_ratio)
     from timm.data import create_transform
 
+    from augment import mend_posterize
+
     options = {option: getattr(args, flag) for option, flag in _AUGMENTATION.items()}
-    steps = create_transform(args.input_size, is_training=True, **options)
+    if options["auto_augment"] in ("", "none"):
+        options["auto_augment"] = None
+    try:
+        steps = create_transform(args.input_size, is_training=True, **options)
+    except (AssertionError, ValueError, KeyError, IndexError, NotImplementedError) as error:
+        raise DataError(
+            f"The augmentation cannot be made ({error!r}); --aa takes none, rand-m9-mstd0.5-inc1 and what else timm "
+            "knows, --remode const, rand or pixel."
+        ) from error
+    mend_posterize(steps)
     if isinstance(args.input_size, int) and args.input_size <= 32:
         steps.transforms[0] = transforms.RandomCrop(args.input_size, padding=4)
     return steps

@@ -1,0 +1,204 @@
+"""3-Augment: what each change does to known pictures, and how often it is made."""
+
+import argparse
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from augment import GaussianBlur, Solarization, _Cover, gray_scale, horizontal_flip, new_data_aug_generator
+from datasets import build_transform
+from flags import get_args_parser
+from pictures import IMAGENET_MEAN, IMAGENET_STD
+
+COLOUR = (200, 100, 50)
+CHANGES = (GaussianBlur, Solarization, gray_scale, horizontal_flip)
+
+
+@pytest.fixture(autouse=True)
+def _seed_python():
+    random.seed(0)
+
+
+def plain(colour=COLOUR, size=(30, 20)) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+def noise(size=(30, 20)) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def settings(**changes) -> argparse.Namespace:
+    return argparse.Namespace(**{"input_size": 16, "src": False, "color_jitter": 0.0} | changes)
+
+
+def values_of(image: torch.Tensor) -> torch.Tensor:
+    """The 0 .. 255 values of a normalised picture."""
+    mean, deviation = (torch.tensor(numbers)[:, None, None] for numbers in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((image * deviation + mean) * 255).round().int()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_made_as_often_as_asked(change):
+    picture = noise((6, 4))
+    assert change(p=0)(picture) is picture
+    made = sum(change(p=0.3)(picture) is not picture for _ in range(2000))
+    assert 520 < made < 680  # 600, within four standard deviations
+    assert change(p=1)(picture) is not picture
+    assert {change: 0.2, GaussianBlur: 0.1}[change] == change().p
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("p", [-0.1, 1.5, float("nan")])
+def test_no_probability(change, p):
+    with pytest.raises(ValueError, match=r"`p` must be a probability"):
+        change(p=p)
+
+
+def test_solarization_inverts_bright_values():
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    changed = np.asarray(Solarization(p=1)(Image.fromarray(np.dstack([values] * 3))))
+    expected = np.where(values < 128, values, 255 - values)
+    assert (changed == expected[..., None]).all()
+
+
+def test_grey_is_the_brightness_in_three_channels():
+    picture = noise()
+    changed = np.asarray(gray_scale(p=1)(picture))
+    assert changed.shape == (20, 30, 3)
+    expected = np.asarray(picture) @ np.array([0.299, 0.587, 0.114])
+    assert abs(changed - expected[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize("activate_pred", [False, True])
+def test_flip_mirrors_left_and_right(activate_pred):
+    picture = noise()
+    changed = horizontal_flip(p=1, activate_pred=activate_pred)(picture)
+    assert (np.asarray(changed) == np.asarray(picture)[:, ::-1]).all()
+
+
+def spread(blur: GaussianBlur) -> float:
+    """The standard deviation, in pixels, of a bright line after blurring."""
+    values = np.zeros((3, 61, 3), np.uint8)
+    values[:, 30] = 255
+    line = np.asarray(blur(Image.fromarray(values)))[1, :, 0].astype(float)
+    return float(np.sqrt((line * (np.arange(61) - 30) ** 2).sum() / line.sum()))
+
+
+def test_blur_draws_its_radius_between_the_limits():
+    assert spread(GaussianBlur(1, 3, 3)) == pytest.approx(3, rel=0.1)
+    spreads = [spread(GaussianBlur(1, 1, 4)) for _ in range(50)]
+    assert min(spreads) < 1.5
+    assert max(spreads) > 3.5
+    assert (GaussianBlur().radius_min, GaussianBlur().radius_max) == (0.1, 2.0)
+    for limits in ((-1, 2), (3, 2)):
+        with pytest.raises(ValueError, match="radius_min"):
+            GaussianBlur(1, *limits)
+
+
+@pytest.mark.parametrize("src", [False, True])
+def test_each_picture_is_either_grey_solarized_or_blurred(src):
+    augment = new_data_aug_generator(settings(src=src))
+    seen = {tuple(values_of(augment(plain()))[:, 3, 3].tolist()) for _ in range(60)}
+    grey = round(np.dot(COLOUR, [0.299, 0.587, 0.114]))
+    assert seen == {COLOUR, (55, 100, 50), (grey,) * 3}
+
+
+@pytest.mark.parametrize("src", [False, True])
+@pytest.mark.parametrize("input_size", [16, (24, 40), [40, 24]])
+def test_the_result_has_the_size_asked_for(src, input_size):
+    augment = new_data_aug_generator(settings(src=src, input_size=input_size, color_jitter=0.3))
+    expected = (3, *([input_size] * 2 if isinstance(input_size, int) else input_size))
+    for size in ((30, 20), (20, 90), (50, 50)):
+        image = augment(noise(size))
+        assert (tuple(image.shape), image.dtype) == (expected, torch.float32)
+    assert "jitter" in repr(augment).lower()
+    assert "jitter" not in repr(new_data_aug_generator(settings(color_jitter=None))).lower()
+
+
+def test_jitter_changes_the_colours():
+    augment = new_data_aug_generator(settings(color_jitter=0.3))
+    assert len({tuple(values_of(augment(plain()))[:, 0, 0].tolist()) for _ in range(30)}) > 10
+
+
+@pytest.mark.parametrize("src", [False, True])
+def test_one_half_of_the_pictures_is_mirrored(src):
+    values = np.zeros((64, 64, 3), np.uint8)
+    values[:, 32:] = 120  # dark and bright, neither changed by solarization
+    augment = new_data_aug_generator(settings(src=src, input_size=64))
+    images = [augment(Image.fromarray(values)) for _ in range(80)]
+    brighter_right = [image[..., 54:].mean() > image[..., :10].mean() for image in images]
+    brighter_left = [image[..., 54:].mean() < image[..., :10].mean() for image in images]
+    assert sum(brighter_right) > 15
+    assert sum(brighter_left) > 15
+
+
+def test_the_simple_crop_sees_all_of_a_square_but_its_margin():
+    ramp = np.repeat(np.repeat(np.arange(64, dtype=np.uint8)[None, :], 64, 0)[..., None], 3, 2)
+    simple, part = (new_data_aug_generator(settings(src=src, input_size=64)) for src in (True, False))
+    spans = [
+        [int(values.max() - values.min()) for values in (values_of(augment(Image.fromarray(ramp))) for _ in range(40))]
+        for augment in (simple, part)
+    ]
+    assert min(spans[0]) >= 63 - 4 - 2  # the crop is shifted by 4 at most; blur takes a little off the ends
+    assert min(spans[1]) < 45  # a random part can be small
+
+
+@pytest.mark.parametrize("size", [(40, 30), (31, 57), (16, 16), (7, 9)])
+def test_the_simple_crop_resizes_the_shorter_side_of_squares(size):
+    picture = noise(size)
+    expected = transforms.Resize(16, transforms.InterpolationMode.BICUBIC)(picture)
+    assert (np.asarray(_Cover((16, 16))(picture)) == np.asarray(expected)).all()
+    covering = _Cover((16, 48))(picture)
+    assert covering.height >= 16
+    assert covering.width >= 48
+    assert covering.height == 16 or covering.width == 48
+
+
+@pytest.mark.parametrize("src", [False, True])
+def test_the_same_seeds_give_the_same_picture_and_workers_can_have_it(src):
+    augment = new_data_aug_generator(settings(src=src, color_jitter=0.3))
+
+    def draw(transform) -> torch.Tensor:
+        random.seed(3)
+        torch.manual_seed(3)
+        return transform(noise())
+
+    assert torch.equal(draw(augment), draw(pickle.loads(pickle.dumps(augment))))
+
+
+@pytest.mark.parametrize("input_size", [0, (16, 0)])
+def test_no_size(input_size):
+    with pytest.raises(ValueError, match="at least 1 pixel"):
+        new_data_aug_generator(settings(input_size=input_size))
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5", "original", "v0", "augmix-m5"])
+def test_timms_policies_take_every_number_of_bits(policy):
+    """A policy that draws 0 bits for a posterized picture gives a black one, whatever the version of Pillow."""
+    steps = build_transform(True, get_args_parser().parse_args(["--aa", policy, "--input-size", "40"]))
+    found = []
+
+    def find(thing):
+        if isinstance(thing, list | tuple):
+            for part in thing:
+                find(part)
+        elif getattr(thing, "name", "").startswith("Posterize"):
+            found.append(thing)
+        else:
+            for inner in ("transforms", "ops", "policy"):
+                find(getattr(thing, inner, ()))
+
+    find(steps)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 9, 3), np.uint8))
+    for operation in found:
+        for bits in range(9):
+            kept = np.asarray(operation.aug_fn(picture, bits))
+            mask = 256 - 2 ** (8 - bits)
+            assert (kept == (np.asarray(picture) & mask)).all()
+    assert found or policy.startswith("augmix")
