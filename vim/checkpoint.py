@@ -35,6 +35,7 @@ __all__ = [
     "read_checkpoint",
     "resize_pos_embed",
     "save_checkpoint",
+    "write_whole",
 ]
 
 _WEIGHT_ENTRIES = ("model", "state_dict", "module")
@@ -220,12 +221,17 @@ def save_checkpoint(path: str | Path, contents: dict[str, Any]) -> None:
         tensors = {key: value.detach().cpu().clone().contiguous() for key, value in contents["model"].items()}
         metadata = {key: json.dumps(contents[key]) for key in _METADATA if contents.get(key) is not None}
         # Not safetensors' save_file: it makes files that only their owner can read.
-        _write_whole(path, lambda file: file.write_bytes(save(tensors, metadata={"format": "pt", **metadata})))
+        write_whole(path, lambda file: file.write_bytes(save(tensors, metadata={"format": "pt", **metadata})))
     else:
-        _write_whole(path, lambda file: torch.save(contents, file))
+        write_whole(path, lambda file: torch.save(contents, file))
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, and put it in the place of `path`.
+
+    Raises:
+        CheckpointError: it cannot be written; an older file stays.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from datasets import DataError
+from optimization import unwrapped
 from progress import Progress
 from samplers import ShardSampler
 from utils import MetricLogger, SmoothedValue, is_dist_avail_and_initialized, is_main_process
@@ -170,6 +171,11 @@ def train_one_epoch(
     mixup_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     set_training_mode: bool = True,
     args: argparse.Namespace | None = None,
+    *,
+    first_step: int = 0,
+    meters: MetricLogger | None = None,
+    after_step: Callable[[int, MetricLogger], None] | None = None,
+    unreadable: list[str] | None = None,
 ) -> dict[str, float]:
     """Train `model` on every batch of `data_loader` once.
 
@@ -184,7 +190,10 @@ def train_one_epoch(
         mixup_fn: timm's Mixup; it turns class numbers into (b, classes) targets.
         set_training_mode: argument of model.train().
         args: the settings bce_loss, cosub, if_random_cls_token_position, if_random_token_rank,
-            if_continue_inf and if_nan2num, each off where it is missing.
+            if_continue_inf and if_nan2num, each off where it is missing, and log_interval (10).
+        first_step: steps of this epoch that were done before; `meters`: what they left.
+        after_step: called with the number of steps done in this epoch, and the meters.
+        unreadable: takes the reasons why pictures could not be read.
     Returns:
         The means over the epoch and all processes: {"lr", "loss"}.
     Raises:
@@ -195,37 +204,62 @@ def train_one_epoch(
     settings = args if args is not None else argparse.Namespace()
     skip_non_finite = getattr(settings, "if_continue_inf", False)
     model.train(set_training_mode)
-    meters = MetricLogger(delimiter="  ")
-    meters.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
+    meters = meters if meters is not None else epoch_meters()
     skipped = 0
-    for images, targets, *_ in meters.log_every(data_loader, PRINT_EVERY, f"Epoch: [{epoch}]"):
-        if not len(targets):
-            continue
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        if mixup_fn is not None:
-            images, targets = mixup_fn(images, targets)
-        with amp_autocast():
-            loss = _training_loss(model, criterion, images, targets, settings)
-        value = loss.item()
-        if not _finite_everywhere(value, device):
-            if not skip_non_finite:
+    every = getattr(settings, "log_interval", PRINT_EVERY)
+    steps = meters.log_every(data_loader, every, f"Epoch: [{epoch}]", first_step)
+    for done, (images, targets, *reasons) in enumerate(steps, first_step + 1):
+        if unreadable is not None and reasons:
+            unreadable += reasons[0]
+        if len(targets):
+            images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            if mixup_fn is not None:
+                images, targets = _mixed(mixup_fn, images, targets)
+            with amp_autocast():
+                loss = _training_loss(model, criterion, images, targets, settings)
+            value = loss.item()
+            if _finite_everywhere(value, device):
+                _step(loss, model, optimizer, loss_scaler, max_norm)
+                if model_ema is not None:
+                    model_ema.update(unwrapped(model))
+                meters.update(loss=value, lr=optimizer.param_groups[0]["lr"])
+            elif skip_non_finite:
+                skipped += 1
+                print(f"Epoch: [{epoch}]  a step with the loss {value} is skipped ({skipped} so far)")
+            else:
                 raise NonFiniteLossError(
                     f"The loss of a step in epoch {epoch} is {value}, so training stops; try a smaller --lr, "
                     "--clip-grad 1 or --no_amp, or skip such steps with --if_continue_inf."
                 )
-            skipped += 1
-            print(f"Epoch: [{epoch}]  a step with the loss {value} is skipped ({skipped} so far)")
-            continue
-        _step(loss, model, optimizer, loss_scaler, max_norm)
-        if model_ema is not None:
-            model_ema.update(model)
-        meters.update(loss=value, lr=optimizer.param_groups[0]["lr"])
+        elif is_dist_avail_and_initialized():  # the other processes would wait for its gradients for ever
+            raise DataError(f"Not one picture of a step in epoch {epoch} could be read: {'; '.join(*reasons)}")
+        if after_step is not None:
+            after_step(done, meters)
     if not meters.meters["lr"].count:
         reason = f"all {skipped} steps were skipped" if skipped else "the loader yields no batch of pictures"
         raise DataError(f"Epoch {epoch} has trained nothing: {reason}; are there fewer pictures than --batch-size?")
     meters.synchronize_between_processes()
     print("Averaged stats:", meters)
     return {name: meter.global_avg for name, meter in meters.meters.items()}
+
+
+def epoch_meters(sums: dict[str, tuple[int, float]] | None = None) -> MetricLogger:
+    """Return the meters of an epoch; `sums` are (count, total) of some, left by its steps before."""
+    meters = MetricLogger(delimiter="  ")
+    meters.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
+    for name, (count, total) in (sums or {}).items():
+        meter = meters.meters.setdefault(name, SmoothedValue())
+        meter.count, meter.total = count, total
+    return meters
+
+
+def _mixed(
+    mixup_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], images: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mix pictures in pairs; the one that an unreadable file left without a partner is mixed with itself."""
+    if len(images) % 2:
+        images, targets = torch.cat([images, images[-1:]]), torch.cat([targets, targets[-1:]])
+    return mixup_fn(images, targets)
 
 
 def _training_loss(

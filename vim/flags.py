@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from pictures import LEAST_CROP_RATIO
+
 
 class UsageError(ValueError):
     """A command line that cannot be carried out; its text is one sentence for the person who typed it."""
@@ -28,7 +30,7 @@ class _StoreAndRemember(argparse.Action):
 
 
 def is_given(args: argparse.Namespace, dest: str) -> bool:
-    """Whether the person typed the flag stored under `dest` (known for --model and --input-size only)."""
+    """Whether the person typed the flag stored under `dest`; known for those that `_StoreAndRemember` stores."""
     return dest in getattr(args, "given", ())
 
 
@@ -109,7 +111,13 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
     flags.value("--output_dir", str, "", "folder for checkpoints and logs; nothing is saved without it")
     flags.value("--device", str, _default_device(), "cpu, cuda, cuda:1 ...; CUDA where there is one, else the CPU")
-    flags.value("--seed", int, 0, "seed of the random numbers; the rank of the process is added")
+    flags.value(
+        "--seed",
+        int,
+        0,
+        "seed of the random numbers; the rank of the process is added",
+        action=_StoreAndRemember,
+    )
 
 
 def _default_device() -> str:
@@ -131,7 +139,8 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--data-path",
         str,
         "/datasets01/imagenet_full_size/061417/",
-        "folder with train/ and val/, each with one folder of pictures per class; --eval needs val/ only",
+        "folder with train/ and val/, each with one folder of pictures per class; --eval needs val/ only; without "
+        "val/, a part of train/, or of the class folders right in it, is kept for validation",
     )
     flags.value("--data-set", str, "IMNET", "kind of data set", choices=("CIFAR", "IMNET", "INAT", "INAT19"))
     flags.value(
@@ -146,6 +155,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         float,
         0.1,
         "part of each class kept for validation, drawn by --seed, where the data has no val/ of its own",
+        action=_StoreAndRemember,
     )
     flags.value("--batch-size", int, 64, "pictures per step and process")
     flags.value("--val-batch-size", int, None, "pictures per step in evaluation (default: that of --batch-size)")
@@ -282,3 +292,48 @@ def _add_process_flags(parser: argparse.ArgumentParser) -> None:
     flags.value("--world_size", int, 1, "number of processes; the environment's number goes first")
     flags.value("--dist_url", str, "env://", "where the processes meet")
     flags.value("--local-rank", int, 0, "number of the process on its machine")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse settings that no run can use, before anything is read; fill in --val-batch-size.
+
+    Raises:
+        UsageError: names the flag, what it got and what it may be.
+    """
+    if args.val_batch_size is None:
+        args.val_batch_size = args.batch_size
+    least = {"batch_size": 1, "val_batch_size": 1, "input_size": 1, "num_workers": 0, "epochs": 1, "log_interval": 1}
+    least |= {"save_every": 1, "start_epoch": 0}
+    for dest, lowest in least.items():
+        value = getattr(args, dest)
+        if value is not None and value < lowest:
+            raise UsageError(f"{_spelling(dest)} must be at least {lowest}, got {value}.")
+    for dest in ("drop", "drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "distillation_alpha"):
+        if not 0 <= getattr(args, dest) <= 1:
+            raise UsageError(f"{_spelling(dest)} must lie between 0 and 1, got {getattr(args, dest)}.")
+    for dest in ("lr", "opt_eps", "distillation_tau"):
+        if not 0 < getattr(args, dest) < float("inf"):
+            raise UsageError(f"{_spelling(dest)} must be above 0, got {getattr(args, dest)}.")
+    if not args.eval_crop_ratio >= LEAST_CROP_RATIO:
+        raise UsageError(f"--eval-crop-ratio must be above 0 (from {LEAST_CROP_RATIO} on), got {args.eval_crop_ratio}.")
+    if not -(2**63) <= args.seed < 2**63 - 2**20:
+        raise UsageError(f"--seed must be a 64-bit number, got {args.seed}.")
+    if not args.eval:
+        _check_training(args)
+
+
+def _check_training(args: argparse.Namespace) -> None:
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixes and args.batch_size % 2:
+        raise UsageError(f"Mixup and cutmix mix pictures in pairs: --batch-size {args.batch_size} must be even.")
+    if args.cosub and args.distillation_type != "none":
+        raise UsageError("--cosub has a loss of its own, so it does not go with --distillation-type.")
+    if not 0 <= args.model_ema_decay < 1:
+        raise UsageError(f"--model-ema-decay must lie in 0 .. 1, got {args.model_ema_decay}.")
+    if args.clip_grad is not None and not args.clip_grad > 0:
+        raise UsageError(f"--clip-grad must be above 0, got {args.clip_grad}.")
+
+
+def _spelling(dest: str) -> str:
+    """Return the flag of a setting as it is typed."""
+    return "--" + (dest if dest in ("num_workers", "start_epoch") else dest.replace("_", "-"))

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Evaluate Vim, or any timm model, on labelled pictures: Acc@1, Acc@5 and loss.
+"""Train, fine-tune and evaluate Vim, or any timm model, on labelled pictures.
 
-python vim/main.py --eval --resume CHECKPOINT --model NAME --data-path DIR     (pictures: DIR/val/CLASS/*.jpg)
+python vim/main.py --model NAME --data-path DIR --output_dir RUN               (pictures: DIR/train/CLASS/*.jpg)
+python vim/main.py --finetune CHECKPOINT --data-path DIR --output_dir RUN      (other classes, another size)
+python vim/main.py --eval --resume CHECKPOINT --data-path DIR                  (pictures: DIR/val/CLASS/*.jpg)
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -21,11 +22,11 @@ try:
     import utils
     from checkpoint import Checkpoint, CheckpointError, load_weights
     from datasets import DataError, build_dataset, build_transform, collate_readable
-    from engine import Evaluation, autocast_for, measure, name_unreadable
-    from flags import UsageError, get_args_parser, is_given
+    from engine import Evaluation, NonFiniteLossError, autocast_for, measure, name_unreadable
+    from flags import UsageError, check, get_args_parser, is_given
     from model_setup import build_model, input_shape, patch_grid, pick_device, read_checkpoint_for
-    from pictures import LEAST_CROP_RATIO
     from samplers import ShardSampler
+    from training import Stopped, train
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -41,34 +42,18 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UsageError, DataError, CheckpointError: it cannot be done; one sentence says why.
     """
-    if not args.eval:
-        raise UsageError(
-            "Training comes in a later version of this program; this one evaluates checkpoints: add --eval."
-        )
-    _check_numbers(args)
+    check(args)
     device = pick_device(args.device)
     utils.init_distributed_mode(args)
     try:
         if device.type == "cuda" and args.gpu is not None:
             device = torch.device("cuda", args.gpu)
-        evaluate_checkpoint(args, device)
+        if args.eval:
+            evaluate_checkpoint(args, device)
+        else:
+            train(args, device)
     finally:
         utils.leave_distributed_mode()
-
-
-def _check_numbers(args: argparse.Namespace) -> None:
-    """Refuse numbers that no run can use, before anything is read."""
-    if args.val_batch_size is None:
-        args.val_batch_size = args.batch_size
-    for flag, least in (("batch_size", 1), ("val_batch_size", 1), ("input_size", 1), ("num_workers", 0)):
-        value = getattr(args, flag)
-        if value < least:
-            name = "--num_workers" if flag == "num_workers" else "--" + flag.replace("_", "-")
-            raise UsageError(f"{name} must be at least {least}, got {value}.")
-    if not args.eval_crop_ratio >= LEAST_CROP_RATIO:
-        raise UsageError(f"--eval-crop-ratio must be above 0 (from {LEAST_CROP_RATIO} on), got {args.eval_crop_ratio}.")
-    if not -(2**63) <= args.seed < 2**63 - 2**20:
-        raise UsageError(f"--seed must be a 64-bit number, got {args.seed}.")
 
 
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
@@ -77,6 +62,10 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
     checkpoint = read_checkpoint_for(args.model, source) if source else None
     if checkpoint is not None and checkpoint.model_name and not is_given(args, "model"):
         args.model = checkpoint.model_name
+    if checkpoint is not None and checkpoint.args is not None:
+        for dest in ("seed", "val_split"):  # which pictures of a folder without val/ were kept for validation
+            if not is_given(args, dest):
+                setattr(args, dest, getattr(checkpoint.args, dest, getattr(args, dest)))
     dataset: Any
     dataset, num_classes = build_dataset(
         False,
@@ -143,10 +132,6 @@ def _load(model: nn.Module, weights: dict[str, Tensor], checkpoint: Checkpoint, 
 
 def _build_loader(args: argparse.Namespace, dataset: Any, device: torch.device) -> DataLoader[Any]:
     """Return the loader of the validation pictures, in order, with no more workers than are of use."""
-    workers, usable = args.num_workers, usable_cpus()
-    if workers > usable:
-        print(f"note: {usable} CPUs, so {usable} of the {workers} processes of --num_workers read pictures")
-        workers = usable
     sampler = None
     if args.distributed and args.dist_eval:
         sampler = ShardSampler(dataset, utils.get_world_size(), utils.get_rank())
@@ -154,17 +139,10 @@ def _build_loader(args: argparse.Namespace, dataset: Any, device: torch.device) 
         dataset,
         batch_size=args.val_batch_size,
         sampler=sampler,
-        num_workers=workers,
+        num_workers=utils.useful_workers(args.num_workers),
         collate_fn=collate_readable,
         pin_memory=args.pin_mem and device.type == "cuda",
     )
-
-
-def usable_cpus() -> int:
-    """Return the number of CPUs that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _describe(args: argparse.Namespace, dataset: Any, model: nn.Module, num_classes: int, device: torch.device) -> None:
@@ -172,6 +150,8 @@ def _describe(args: argparse.Namespace, dataset: Any, model: nn.Module, num_clas
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
     print(f"model: {args.model}, {millions:.2f} M parameters, {num_classes} classes, {height} x {width} pixels")
     print(f"data: {len(dataset)} pictures of {getattr(dataset, 'root', args.data_path)}")
+    if getattr(dataset, "note", None):
+        print(f"note: {dataset.note}")
     found_by = getattr(dataset, "found_by", None)
     if found_by is not None:
         print(f"classes: {len(dataset.classes)} of {num_classes} have a folder, numbered by {found_by}")
@@ -194,9 +174,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         main(args)
-    except (UsageError, DataError, CheckpointError) as error:
+    except (UsageError, DataError, CheckpointError, NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         print("error: stopped before the end, so there is no result.", file=sys.stderr)
         return 130

@@ -55,13 +55,16 @@ def read_checkpoint_for(model_name: str | None, source: str) -> Checkpoint:
     return read_checkpoint(source, finetuned=variant is not None and variant.finetuned)
 
 
-def build_model(name: str, num_classes: int, img_size: int | tuple[int, int] | None, *, seed: int = 0) -> nn.Module:
+def build_model(
+    name: str, num_classes: int, img_size: int | tuple[int, int] | None, *, seed: int = 0, **options: Any
+) -> nn.Module:
     """Return the registered model `name` in evaluation mode, with random weights (the same ones for a seed).
 
     Args:
         name: a name that timm knows, the ones of `models_mamba` included.
         num_classes: rows of the classifier.
         img_size: pixels, one number or (height, width); None: the model's own.
+        options: further arguments of the model; global_pool is left out for models without it.
     Raises:
         UsageError: there is no such model, or not for that size or number of classes.
     """
@@ -74,14 +77,19 @@ def build_model(name: str, num_classes: int, img_size: int | tuple[int, int] | N
         hint = f"the nearest is {near[0]!r}" if near else "timm.list_models() gives the names"
         raise UsageError(f"There is no model called {name!r}; {hint}.")
     torch.manual_seed(seed)
-    sized: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    if img_size is not None:
+        options["img_size"] = img_size
     try:
-        try:
-            return timm.create_model(name, num_classes=num_classes, **sized).eval()
-        except TypeError as error:
-            if "img_size" not in str(error):
-                raise
-            return timm.create_model(name, num_classes=num_classes).eval()  # convolutions take any size
+        while True:
+            try:
+                return timm.create_model(name, num_classes=num_classes, **options).eval()
+            except TypeError as error:  # convolutions take any size, Vim has no global_pool
+                unknown = [
+                    option for option in ("img_size", "global_pool") if option in str(error) and option in options
+                ]
+                if not unknown:
+                    raise
+                del options[unknown[0]]
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         at_size = f"{img_size} pixels and " if img_size else ""
         raise UsageError(f"{name} cannot be built for {at_size}{num_classes} classes: {first_line(error)}.") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import builtins
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sized
@@ -18,6 +19,11 @@ from torch import Tensor
 from checkpoint import resize_pos_embed, save_checkpoint
 from flags import UsageError
 from progress import format_seconds
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 _PRINT = builtins.print
 
@@ -76,8 +82,8 @@ class SmoothedValue:
         return self.deque[-1]
 
     def __str__(self) -> str:
-        if not self.count:
-            return "-"
+        if not self.deque:  # nothing yet, or what a saved epoch left
+            return f"{self.global_avg:.4f}" if self.count else "-"
         return self.fmt.format(
             median=self.median, avg=self.avg, global_avg=self.global_avg, max=self.max, value=self.value
         )
@@ -114,39 +120,52 @@ class MetricLogger:
         for meter in self.meters.values():
             meter.synchronize_between_processes()
 
-    def log_every(self, iterable: Iterable[Any], print_freq: int, header: str = "") -> Iterator[Any]:
-        """Yield the items, and now and then print the meters and the time left.
+    def log_every(self, iterable: Iterable[Any], print_freq: int, header: str = "", first: int = 0) -> Iterator[Any]:
+        """Yield the items, and now and then print the meters, the time left and the memory in use.
 
         It prints after the first item, every `print_freq`-th from there and the last. "time" is seconds per
-        item, "data" the part of them spent waiting for it.
+        item, "data" the part of them spent waiting for it, "rate" pictures per second of all processes, for items
+        that begin with a batch of them. `first` items were done before.
         """
-        steps = len(iterable) if isinstance(iterable, Sized) else None
+        steps = first + len(iterable) if isinstance(iterable, Sized) else None
         start = step_start = time.monotonic()
-        whole, waiting = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
-        done = 0
+        whole, waiting, pictures = (SmoothedValue(fmt="{avg:.4f}") for _ in range(3))
+        done = first
         for item in iterable:
             waiting.update(time.monotonic() - step_start)
+            pictures.update(len(item[0]) if isinstance(item, list | tuple) and isinstance(item[0], Tensor) else 0)
             yield item
             done += 1
             now = time.monotonic()
             whole.update(now - step_start)
             step_start = now
-            if (done - 1) % print_freq == 0 or done == steps:
-                print(self._progress_line(header, done, steps, whole, waiting))
-        if done:
+            if (done - first - 1) % print_freq == 0 or done == steps:
+                print(self._progress_line(header, done, steps, whole, waiting, pictures))
+        if done > first:
             spent = time.monotonic() - start
-            print(f"{header} Total time: {format_seconds(spent)} ({spent / done:.4f} s / it)")
+            print(f"{header} Total time: {format_seconds(spent)} ({spent / (done - first):.4f} s / it)")
 
     def _progress_line(
-        self, header: str, done: int, steps: int | None, whole: SmoothedValue, waiting: SmoothedValue
+        self,
+        header: str,
+        done: int,
+        steps: int | None,
+        whole: SmoothedValue,
+        waiting: SmoothedValue,
+        pictures: SmoothedValue,
     ) -> str:
         parts = [f"{header} [{done}]" if steps is None else f"{header} [{done}/{steps}]"]
         if steps is not None:
             parts.append(f"eta: {format_seconds(whole.global_avg * (steps - done))}")
         parts += [str(self)] if self.meters else []
         parts += [f"time: {whole}", f"data: {waiting}"]
+        if pictures.avg and whole.avg:
+            parts.append(f"rate: {pictures.avg * get_world_size() / whole.avg:.1f} img/s")
         if torch.cuda.is_available():
             parts.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
+        elif resource is not None:
+            unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB elsewhere
+            parts.append(f"max mem: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.0f} MiB")
         return self.delimiter.join(parts)
 
 
@@ -266,3 +285,18 @@ def interpolate_pos_embed(model: Any, state_dict: dict[str, Tensor]) -> None:
         state_dict["pos_embed"] = resize_pos_embed(
             state_dict["pos_embed"], model.patch_embed.grid_size, placement=placement
         )
+
+
+def usable_cpus() -> int:
+    """Return the number of CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def useful_workers(asked: int) -> int:
+    """Return `asked`, but no more than there are CPUs, and say so."""
+    usable = usable_cpus()
+    if asked > usable:
+        print(f"note: {usable} CPUs, so {usable} of the {asked} processes of --num_workers read pictures")
+    return min(asked, usable)

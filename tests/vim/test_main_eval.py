@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision import transforms
 
 import main
+import utils
 from checkpoint import save_checkpoint
 from labels import imagenet_wnids
 
@@ -206,7 +207,7 @@ def test_random_weights_are_said_aloud(folder, capsys):
 
 
 def test_more_workers_than_cpus_are_not_started(folder, capsys, monkeypatch):
-    monkeypatch.setattr(main, "usable_cpus", lambda: 0)
+    monkeypatch.setattr(utils, "usable_cpus", lambda: 0)
     code, out, _ = evaluate(capsys, folder, "names.pth", "--num_workers", 10)
     assert code == 0
     assert "0 of the 10 processes" in out
@@ -257,13 +258,6 @@ def test_cuda_is_not_replaced_in_silence(folder, capsys):
     code, _, err = evaluate(capsys, folder, "names.pth", "--device", "cuda")
     assert code == 2
     assert "this torch finds no CUDA device" in err
-
-
-def test_training_says_that_it_is_not_there_yet(folder, capsys):
-    code, out, err = run(capsys, "--data-path", folder / "data")
-    assert (code, out) == (2, "")
-    assert err.startswith("error: Training comes in a later version of this program; ")
-    assert err.count("\n") == 1
 
 
 def test_a_word_that_is_no_flag(capsys):

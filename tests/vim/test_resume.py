@@ -1,0 +1,238 @@
+"""Runs that stop: killed, asked to, out of disk, out of workers, on a bad loss; and what is left of them."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from training_runs import PLAIN, differences, finish, load, settings, start, write_pictures
+
+import main
+import training
+from checkpoint import CheckpointError
+from datasets import DataError
+from engine import NonFiniteLossError
+
+EVERYTHING = (  # whatever draws random numbers or keeps a state
+    *PLAIN,
+    *("--epochs", "3", "--drop-path", "0.2", "--mixup", "0.8", "--cutmix", "1.0", "--model-ema-decay", "0.8"),
+    *("--sched", "cosine", "--lr-noise", "0.0", "1.0", "--if_random_token_rank", "--save-every", "1"),
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The last checkpoint of a run that nothing interrupted, and the lines of its log."""
+    out = tmp_path_factory.mktemp("whole")
+    code, text = finish(start(*EVERYTHING, "--data-path", data, "--output_dir", out))
+    assert code == 0, text
+    return load(out / "checkpoint.pth"), (out / "log.txt").read_text()
+
+
+def assert_same_run(out, whole):
+    expected, log = whole
+    saved = load(out / "checkpoint.pth")
+    for name in expected:
+        if name != "args":
+            assert differences(expected[name], saved[name], name) == []
+    assert (out / "log.txt").read_text() == log
+
+
+def wait_for(process, out, epoch, step):
+    """Wait until the run has saved this step or a later one."""
+    for _ in range(6000):
+        assert process.poll() is None, process.communicate()[0]
+        if (out / "checkpoint.pth").exists():
+            saved = load(out / "checkpoint.pth")
+            if (saved["epoch"] + 1, saved["step"]) >= (epoch, step):
+                return
+        time.sleep(0.02)
+    raise AssertionError("the run saved nothing")
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(0, 1), (1, 2)])
+def test_a_killed_run_ends_with_the_same_bits(data, whole, tmp_path, epoch, step):
+    """Killed within an epoch; what goes on reads its pictures in processes of their own, which must not matter."""
+    out = tmp_path / "run"
+    words = (*EVERYTHING, "--data-path", data, "--output_dir", out, "--auto-resume")
+    process = start(*words)
+    wait_for(process, out, epoch, step)
+    process.kill()
+    process.communicate()
+    with open(out / "log.txt", "a") as log:
+        log.write('{"train_lr": 0.1, "tra')  # cut short by the kill
+    code, text = finish(start(*words, "--num_workers", "2"))
+    assert code == 0, text
+    assert "resumed: " in text
+    assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(data, whole, tmp_path, number):
+    out = tmp_path / "run"
+    words = (*EVERYTHING, "--data-path", data, "--output_dir", out, "--auto-resume")
+    process = start(*words)
+    wait_for(process, out, 0, 2)
+    process.send_signal(number)
+    code, text = finish(process)
+    assert code == 128 + number, text
+    assert "go on with the same command and --auto-resume" in text
+    assert "Traceback" not in text
+    code, text = finish(start(*words))
+    assert code == 0, text
+    assert_same_run(out, whole)
+
+
+def test_a_finished_run_has_nothing_left_to_do(data, tmp_path, capsys):
+    words = [str(w) for w in (*PLAIN, "--data-path", data, "--output_dir", tmp_path, "--epochs", "1", "--auto-resume")]
+    assert main.run(words) == 0
+    before = (tmp_path / "checkpoint.pth").read_bytes(), (tmp_path / "log.txt").read_text()
+    assert main.run(words) == 0
+    assert "nothing left to do" in capsys.readouterr().out
+    assert ((tmp_path / "checkpoint.pth").read_bytes(), (tmp_path / "log.txt").read_text()) == before
+
+
+def test_best_accuracy_outlives_a_resume(data, tmp_path):
+    words = (*PLAIN, "--data-path", data, "--output_dir", tmp_path)
+    assert main.run([str(w) for w in (*words, "--epochs", "1")]) == 0
+    saved = load(tmp_path / "checkpoint.pth")
+    saved["max_accuracy"] = 101.0
+    torch.save(saved, tmp_path / "checkpoint.pth")
+    (tmp_path / "best_checkpoint.pth").unlink(missing_ok=True)
+    assert main.run([str(w) for w in (*words, "--epochs", "2", "--resume", tmp_path / "checkpoint.pth")]) == 0
+    assert load(tmp_path / "checkpoint.pth")["max_accuracy"] == 101.0
+    assert not (tmp_path / "best_checkpoint.pth").exists()
+
+
+def test_resuming_upstreams_checkpoint(data, tmp_path, capsys):
+    """No steps, no random states, no average: it starts with the next epoch, and an average of its own."""
+    words = (*PLAIN, "--data-path", data, "--output_dir", tmp_path, "--epochs", "1", "--no-model-ema")
+    assert main.run([str(word) for word in words]) == 0
+    saved = load(tmp_path / "checkpoint.pth")
+    upstream = {key: saved[key] for key in ("model", "optimizer", "lr_scheduler", "epoch", "scaler", "args")}
+    torch.save(upstream, tmp_path / "upstream.pth")
+    run = training.prepare(
+        settings(*PLAIN, "--data-path", data, "--epochs", "3"),
+        torch.device("cpu"),
+        training.read_checkpoint_for(None, str(tmp_path / "upstream.pth")),
+    )
+    assert (run.position.epoch, run.position.step) == (1, 0)
+    assert differences(run.average.module.state_dict(), run.model.state_dict()) == []
+    assert differences(saved["optimizer"]["state"], run.optimizer.state_dict()["state"]) == []
+
+
+def test_another_length_of_the_epoch_is_refused(data, tmp_path, capsys):
+    words = (*PLAIN, "--data-path", data, "--output_dir", tmp_path)
+    assert main.run([str(w) for w in (*words, "--epochs", "1")]) == 0
+    saved = load(tmp_path / "checkpoint.pth")
+    torch.save(saved | {"epoch": -1, "step": 2}, tmp_path / "checkpoint.pth")
+    capsys.readouterr()
+    assert main.run([str(w) for w in (*words, "--batch-size", "4", "--auto-resume")]) == 2
+    errors = capsys.readouterr().err
+    assert "2 of the 3 steps" in errors
+    assert errors.count("\n") == 1
+
+
+def last_good(tmp_path, data):
+    words = [str(w) for w in (*PLAIN, "--data-path", data, "--output_dir", tmp_path)]
+    assert main.run([*words, "--epochs", "1"]) == 0
+    return [*words, "--epochs", "3", "--auto-resume"], (tmp_path / "checkpoint.pth").read_bytes()
+
+
+def test_a_bad_loss_leaves_the_last_checkpoint(data, tmp_path, capsys, monkeypatch):
+    words, before = last_good(tmp_path, data)
+    monkeypatch.setattr(training, "build_criterion", lambda *_: lambda scores, labels: scores.sum() * float("nan"))
+    assert main.run(words) == 2
+    errors = capsys.readouterr().err
+    assert "The loss of a step in epoch 1 is nan" in errors
+    assert "checkpoint.pth is the last checkpoint" in errors
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    assert issubclass(NonFiniteLossError, RuntimeError)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(data, tmp_path, capsys, monkeypatch):
+    words, before = last_good(tmp_path, data)
+
+    def full(contents, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert main.run(words) == 2
+    errors = capsys.readouterr().err
+    assert "No space left on device" in errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert issubclass(CheckpointError, ValueError)
+
+
+def die_in_a_worker(path):
+    del path
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_lost_worker_leaves_the_last_checkpoint(data, tmp_path, capsys, monkeypatch):
+    import class_folders
+    import datasets
+
+    del class_folders
+    words, before = last_good(tmp_path, data)
+    monkeypatch.setattr(datasets, "open_picture", die_in_a_worker)
+    assert main.run([*words, "--num_workers", "1"]) == 2
+    errors = capsys.readouterr().err
+    assert "A process that reads pictures was lost" in errors
+    assert "checkpoint.pth is the last checkpoint" in errors
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    assert issubclass(DataError, ValueError)
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+TWO = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", "29613")
+
+
+@pytest.mark.parametrize("launcher", [TWO, ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--use_env")])
+def test_two_processes_equal_one(data, tmp_path, launcher):
+    """The same pictures a step: weights, average, log; each validation picture counted once."""
+    common = ("--data-path", data, "--epochs", "2", "--no-repeated-aug", "--clip-grad", "1", "--model-ema-decay", "0.8")
+    common += ("--mend", "ema-best")
+    code, text = finish(start(*PLAIN, *common, "--output_dir", tmp_path / "one"))
+    assert code == 0, text
+    words = (*PLAIN, *common, "--batch-size", "4", "--dist-eval", "--output_dir", tmp_path / "two")
+    code, text = finish(start(*words, launcher=launcher))
+    assert code == 0, text
+    one, two = (load(tmp_path / name / "checkpoint.pth") for name in ("one", "two"))
+    for part in ("model", "model_ema"):
+        for name, weight in one[part].items():
+            torch.testing.assert_close(two[part][name], weight, rtol=1e-5, atol=1e-5, msg=f"{part} {name}")
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.txt").read_text().splitlines()] for name in ("one", "two")
+    ]
+    for line, other in zip(*logs, strict=True):
+        assert other == pytest.approx(line, rel=1e-5)
+
+
+def test_two_processes_resume(data, tmp_path):
+    """Each with its own random numbers: killed and gone on, the same bits as uninterrupted."""
+    words = (*EVERYTHING, "--epochs", "2", "--batch-size", "4", "--data-path", data, "--no-repeated-aug")
+    code, text = finish(start(*words, "--output_dir", tmp_path / "whole", launcher=TWO))
+    assert code == 0, text
+    out = tmp_path / "killed"
+    words = (*words, "--output_dir", out, "--auto-resume")
+    process = start(*words, launcher=TWO)
+    wait_for(process, out, 0, 2)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it on
+    process.communicate()
+    code, text = finish(start(*words, launcher=TWO))
+    assert code == 0, text
+    expected, saved = load(tmp_path / "whole/checkpoint.pth"), load(out / "checkpoint.pth")
+    for name in ("model", "model_ema", "optimizer", "processes"):
+        assert differences(expected[name], saved[name], name) == []
