@@ -24,7 +24,8 @@ class Case:
         pixels: side of the square picture; ops and blocks get the tokens that Vim makes of it.
         batch: pictures per call.
         dtype: of the weights and the inputs, all of them; "fp64" is there to compare with.
-        mode: "inference"; "train": forward, sum of the output, backward, gradients set to None before; or "compiled":
+        mode: "inference"; "train": forward, sum of the output, backward, gradients set to None before; "step": the
+            same and AdamW, with a learning rate of 0 so that every call computes the same; or "compiled":
             inference of `torch.compile(subject, fullgraph=True)`, compiled before anything is timed.
     """
 
@@ -33,7 +34,7 @@ class Case:
     pixels: int = 224
     batch: int = 1
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
-    mode: Literal["inference", "train", "compiled"] = "inference"
+    mode: Literal["inference", "train", "step", "compiled"] = "inference"
 
     def __str__(self) -> str:
         unusual = [value for value in (self.dtype, self.mode) if value not in ("fp32", "inference")]
@@ -179,6 +180,18 @@ def _dtypes_and_modes() -> Named:
         claims = (Claim("seconds", cases[0], cases[2], must=1.8, aim=1.3),) if batch == 8 else ()
         title = f"forward and backward of Vim-Tiny and DeiT-Tiny, 224 px, batch {batch}"
         yield f"train_batch{batch}", Comparison(title, cases, cases[-1], claims, rounds=9)
+    cases = tuple(Case(name, path, batch=8, mode="step") for name, path in networks)
+    title, claims = (
+        "a step of AdamW of Vim-Tiny and DeiT-Tiny, 224 px, batch 8",
+        (Claim("seconds", cases[0], cases[2], must=1.8),),
+    )
+    yield "step_batch8", Comparison(title, cases, cases[-1], claims, rounds=9)
+    recomputed, kept = (Case(name, batch=8, mode="train") for name in ("vim_tiny_recomputed", "vim_tiny"))
+    title, claims = (
+        "Vim-Tiny with --use-checkpoint, forward and backward",
+        (Claim("increase_bytes", recomputed, kept, 0.5),),
+    )
+    yield "recomputed_batch8", Comparison(title, (recomputed, kept), kept, claims, rounds=5, memory=True)
     for op in ("scan", "block"):
         cases = tuple(Case(op, path, mode="train") for path in ("auto", "torch"))
         yield f"train_{op}", Comparison(f"forward and backward of {OP_NAMES[op]}, 224 px", cases, cases[-1])

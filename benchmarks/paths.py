@@ -72,5 +72,5 @@ TITLES = {"auto": "", "native": "compiled kernels", "torch": "PyTorch path", "lo
 @contextmanager
 def surroundings(case: Case) -> Iterator[None]:
     """What a call of a case runs in: its kernels, and no record of gradients where none are asked for."""
-    with PATHS[case.path](), nullcontext() if case.mode == "train" else torch.inference_mode():
+    with PATHS[case.path](), nullcontext() if case.mode in ("train", "step") else torch.inference_mode():
         yield

@@ -17,7 +17,12 @@ from benchmarks.subjects import SUBJECTS
 
 Rows = list[list[str]]
 NOISY = 0.2  # middle half over median from which a result counts as disturbed
-MODES = {"inference": "", "train": "forward + backward", "compiled": "torch.compile"}
+MODES = {
+    "inference": "",
+    "train": "forward + backward",
+    "step": "forward + backward + AdamW",
+    "compiled": "torch.compile",
+}
 QUANTITIES = {
     "seconds": "time of",
     "seconds_per_element": "time per element of",

@@ -66,7 +66,7 @@ def build(case: Case) -> Work:
 
 def result_key(case: Case) -> tuple[str, int, int, bool]:
     """Cases with one key must compute one result."""
-    return SUBJECTS[case.subject].computes or case.subject, case.pixels, case.batch, case.mode == "train"
+    return SUBJECTS[case.subject].computes or case.subject, case.pixels, case.batch, case.mode in ("train", "step")
 
 
 def missing(case: Case) -> str | None:
@@ -91,6 +91,14 @@ def _network(name: str, case: Case) -> Recipe:
     model = timm.create_model(name, img_size=case.pixels).eval()
     picture = torch.randn(case.batch, 3, case.pixels, case.pixels)
     return Recipe(model, (picture,), model, only_parameters=True)
+
+
+def _recomputed(name: str, case: Case) -> Recipe:
+    """A network that computes its activations again in the backward pass."""
+    recipe = _network(name, case)
+    model: Any = recipe.module
+    model.set_grad_checkpointing(True)
+    return recipe
 
 
 def _block(case: Case) -> Recipe:
@@ -219,6 +227,8 @@ def _networks() -> dict[str, Subject]:
         for family, title in (("vim", "Vim"), ("deit", "DeiT")):
             builder = partial(_network, f"{family}_{width}_patch16_224")
             table[f"{family}_{width}"] = Subject(f"{title}-{width.title()}", builder)
+    again = partial(_recomputed, "vim_tiny_patch16_224")
+    table["vim_tiny_recomputed"] = Subject("Vim-Tiny, activations computed again", again, computes="vim_tiny")
     return table
 
 

@@ -53,6 +53,10 @@ class Work:
         if case.mode == "train":
             leaves = _leaves(recipe, arguments)
             return cls(partial(_forward_and_backward, function, arguments, leaves), leaves)
+        if case.mode == "step":
+            leaves = _leaves(recipe, arguments)
+            optimizer = torch.optim.AdamW(leaves, lr=0.0)
+            return cls(partial(_step, optimizer, function, arguments, leaves), leaves)
         if case.mode == "compiled":
             torch.compiler.reset()  # what earlier comparisons compiled counts towards the limit of recompilations
             function = torch.compile(function, fullgraph=True)
@@ -79,4 +83,15 @@ def _forward_and_backward(
         leaf.grad = None
     out = function(*arguments)
     out.sum().backward()
+    return out
+
+
+def _step(
+    optimizer: torch.optim.Optimizer,
+    function: Callable[..., Tensor],
+    arguments: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+) -> Tensor:
+    out = _forward_and_backward(function, arguments, leaves)
+    optimizer.step()
     return out

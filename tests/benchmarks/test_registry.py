@@ -44,7 +44,7 @@ def test_the_comparisons_cover_sizes_batches_threads_paths_dtypes_and_modes() ->
     assert {case.batch for case in all_cases if case.subject != "copy"} == {1, 8}
     assert {comparison.threads for comparison in COMPARISONS.values()} == {1, 2}
     assert {case.path for case in all_cases} == set(paths.PATHS)
-    assert {case.mode for case in all_cases} == {"inference", "train", "compiled"}
+    assert {case.mode for case in all_cases} == {"inference", "train", "step", "compiled"}
     assert {"fp32", "bf16"} <= {case.dtype for case in all_cases}
     assert {case.path for case in COMPARISONS["paths_vim_tiny"].cases} == set(paths.PATHS)
 
@@ -68,6 +68,8 @@ def test_every_claim_belongs_to_one_comparison() -> None:
         ("bf16_512", "seconds", 0.7, 0.55),
         ("bf16_1248", "seconds", 0.55, 0.40),
         ("train_batch8", "seconds", 1.8, 1.3),
+        ("step_batch8", "seconds", 1.8, None),
+        ("recomputed_batch8", "increase_bytes", 0.5, None),
         ("compiled_224", "seconds", 1.05, None),
         ("scan_224_threads1", "seconds_per_element", 0.20e-9, 0.14e-9),
         ("scan_224_threads1", "seconds_per_element", 0.32e-9, 0.24e-9),

@@ -200,6 +200,13 @@ def test_a_backward_pass_computes_every_gradient(subject: str) -> None:
     assert list(runner.check_agreement(results)) == [works[1][0]]
 
 
+def test_a_step_computes_what_a_backward_pass_does_each_time() -> None:
+    backward, step = (subjects.build(Case("vim_pico", pixels=32, mode=mode)) for mode in ("train", "step"))
+    expected = [value.clone() for value in backward.result()]
+    for _ in range(2):
+        assert all(torch.equal(*pair) for pair in zip(expected, step.result(), strict=True))
+
+
 @pytest.mark.parametrize("subject", ["vim_pico", "deit_tiny", "block", "scan"])
 def test_weights_and_inputs_are_in_the_dtype_of_the_case(subject: str) -> None:
     wide, narrow = (Case(subject, pixels=32, dtype=dtype) for dtype in ("fp32", "bf16"))
