@@ -150,7 +150,8 @@ def new_data_aug_generator(args: argparse.Namespace) -> Callable[[Image.Image], 
     Args:
         args: input_size (pixels, or a (height, width) pair); src: the crop is of a picture resized to just
             cover the size, mirrored for 4 pixels beyond its edges, else of a random part of 8 % to all of
-            its area; color_jitter: strength in brightness, contrast and saturation, 0 or None for none.
+            its area; color_jitter: strength in brightness, contrast and saturation, 0 or None for none; hflip:
+            probability of the flip, 0.5 where it is missing.
     Raises:
         ValueError: `input_size` is less than 1 pixel.
     Source: arXiv 2204.07118, section 3.
@@ -160,7 +161,8 @@ def new_data_aug_generator(args: argparse.Namespace) -> Callable[[Image.Image], 
     if min(size) < 1:
         raise ValueError(f"`input_size` must be at least 1 pixel on each side, got {args.input_size}")
     one_of_three = [gray_scale(p=1.0), Solarization(p=1.0), GaussianBlur(p=1.0)]
-    steps = [*_crop(size, args.src), transforms.RandomHorizontalFlip(), transforms.RandomChoice(one_of_three)]
+    flip = transforms.RandomHorizontalFlip(getattr(args, "hflip", 0.5))
+    steps = [*_crop(size, args.src), flip, transforms.RandomChoice(one_of_three)]
     if args.color_jitter:
         steps.append(transforms.ColorJitter(*[args.color_jitter] * 3))
     steps += [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]

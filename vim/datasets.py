@@ -261,6 +261,7 @@ def _open_cifar(folder: str, is_train: bool, transform: Callable[[Any], Any]) ->
 _AUGMENTATION = {  # option of timm's create_transform: where `args` has it
     "auto_augment": "aa",
     "color_jitter": "color_jitter",
+    "hflip": "hflip",
     "interpolation": "train_interpolation",
     "re_count": "recount",
     "re_mode": "remode",
@@ -275,7 +276,7 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Callable[[Any],
         is_train: timm's augmentation by `args` (pictures of up to 32 pixels: a random crop with a margin of
             4 instead of a random part); else the same as inference does.
         args: input_size (pixels, or a (height, width) pair), eval_crop_ratio; for training also color_jitter,
-            aa, train_interpolation, reprob, remode, recount.
+            aa, hflip, train_interpolation, reprob, remode, recount.
     """
     if not is_train:
         return eval_transform(args.input_size, args.eval_crop_ratio)

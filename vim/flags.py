@@ -29,6 +29,22 @@ class _StoreAndRemember(argparse.Action):
         namespace.given = (*getattr(namespace, "given", ()), self.dest)
 
 
+class _StoreSize(_StoreAndRemember):
+    """Store one number as it is and two as (height, width)."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        numbers = tuple(values or ())
+        if len(numbers) not in (1, 2):
+            raise argparse.ArgumentError(self, "takes one number (a square) or two (height and width)")
+        super().__call__(parser, namespace, numbers if len(numbers) == 2 else numbers[0], option_string)
+
+
 def is_given(args: argparse.Namespace, dest: str) -> bool:
     """Whether the person typed the flag stored under `dest`; known for those that `_StoreAndRemember` stores."""
     return dest in getattr(args, "given", ())
@@ -174,7 +190,15 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         "a Vim of models_mamba.py or any timm model",
         action=_StoreAndRemember,
     )
-    flags.value("--input-size", int, 224, "edge of the square input, pixels", action=_StoreAndRemember)
+    flags.value(
+        "--input-size",
+        int,
+        224,
+        "edge of the square input, or its height and width, pixels",
+        action=_StoreSize,
+        nargs="+",
+        metavar="PIXELS",
+    )
     flags.value("--drop", float, 0.0, "dropout rate")
     flags.value("--drop-path", float, 0.1, "stochastic depth rate of the last layer")
     flags.pair("--model-ema", "--no-model-ema", True, "moving average of the weights, and its evaluation")
@@ -241,6 +265,7 @@ def _add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
         choices=("random", "bilinear", "bicubic"),
     )
     flags.pair("--repeated-aug", "--no-repeated-aug", True, "each picture several times per epoch, if distributed")
+    flags.value("--hflip", float, 0.5, "probability that a training picture is mirrored; 0 for digits and text")
     flags.switch("--ThreeAugment", "3-Augment instead of --aa: one of grey, solarized, blurred")
     flags.switch("--src", "with --ThreeAugment: simple random crop")
     flags.value("--reprob", float, 0.25, "probability of random erasing")
@@ -306,9 +331,11 @@ def check(args: argparse.Namespace) -> None:
     least |= {"save_every": 1, "start_epoch": 0}
     for dest, lowest in least.items():
         value = getattr(args, dest)
-        if value is not None and value < lowest:
-            raise UsageError(f"{_spelling(dest)} must be at least {lowest}, got {value}.")
-    for dest in ("drop", "drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "distillation_alpha"):
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and number < lowest:
+                raise UsageError(f"{_spelling(dest)} must be at least {lowest}, got {number}.")
+    shares = ("drop", "drop_path", "smoothing", "hflip", "reprob")
+    for dest in (*shares, "mixup_prob", "mixup_switch_prob", "distillation_alpha"):
         if not 0 <= getattr(args, dest) <= 1:
             raise UsageError(f"{_spelling(dest)} must lie between 0 and 1, got {getattr(args, dest)}.")
     for dest in ("lr", "opt_eps", "distillation_tau"):

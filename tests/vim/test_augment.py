@@ -14,6 +14,7 @@ from augment import GaussianBlur, Solarization, _Cover, gray_scale, horizontal_f
 from datasets import build_transform
 from flags import get_args_parser
 from pictures import IMAGENET_MEAN, IMAGENET_STD
+from training_data import training_transform
 
 COLOUR = (200, 100, 50)
 CHANGES = (GaussianBlur, Solarization, gray_scale, horizontal_flip)
@@ -136,6 +137,19 @@ def test_one_half_of_the_pictures_is_mirrored(src):
     brighter_left = [image[..., 54:].mean() < image[..., :10].mean() for image in images]
     assert sum(brighter_right) > 15
     assert sum(brighter_left) > 15
+
+
+@pytest.mark.parametrize("words", [["--ThreeAugment", "--src"], ["--ThreeAugment"], ["--aa", "none"]])
+@pytest.mark.parametrize("probability", [0, 1])
+def test_hflip_is_the_probability_that_a_training_picture_is_mirrored(words, probability):
+    values = np.zeros((64, 64, 3), np.uint8)
+    values[:, 32:] = 120
+    words = [*words, "--hflip", str(probability), "--color-jitter", "0", "--reprob", "0", "--input-size", "64"]
+    augment = training_transform(get_args_parser().parse_args(words))
+    for _ in range(12):
+        columns = augment(Image.fromarray(values)).mean((0, 1))
+        left, right = columns[0], columns[-1]
+        assert (left >= right) if probability else (left <= right)
 
 
 def test_the_simple_crop_sees_all_of_a_square_but_its_margin():

@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from flags import get_args_parser, is_given
+from flags import UsageError, check, get_args_parser, is_given
 
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # flag, what is typed after it, the value that gives, the default (specification 5.1)
@@ -15,6 +15,7 @@ VALUES = [
     ("--epochs", "3", 3, 300),
     ("--model", "vim_x", "vim_x", "deit_base_patch16_224"),
     ("--input-size", "96", 96, 224),
+    ("--input-size", "48 96", (48, 96), 224),
     ("--drop", "0.5", 0.5, 0.0),
     ("--drop-path", "0.5", 0.5, 0.1),
     ("--model-ema-decay", "0.9", 0.9, 0.99996),
@@ -40,6 +41,7 @@ VALUES = [
     ("--aa", "original", "original", "rand-m9-mstd0.5-inc1"),
     ("--smoothing", "0.2", 0.2, 0.1),
     ("--train-interpolation", "random", "random", "bicubic"),
+    ("--hflip", "0", 0.0, 0.5),
     ("--reprob", "0.5", 0.5, 0.25),
     ("--remode", "const", "const", "pixel"),
     ("--recount", "2", 2, 1),
@@ -116,7 +118,7 @@ def value_of(args: argparse.Namespace, flag: str) -> object:
     return getattr(args, flag.lstrip("-").replace("-", "_"))
 
 
-@pytest.mark.parametrize(("flag", "typed", "value", "default"), VALUES, ids=[row[0] for row in VALUES])
+@pytest.mark.parametrize(("flag", "typed", "value", "default"), VALUES, ids=[" ".join(row[:2]) for row in VALUES])
 def test_flag_with_value(flag, typed, value, default):
     given = value_of(get_args_parser().parse_args([flag, *typed.split()]), flag)
     absent = value_of(get_args_parser().parse_args([]), flag)
@@ -164,3 +166,16 @@ def test_what_was_typed_is_known():
     assert is_given(args, "input_size")
     assert not is_given(args, "model")
     assert not is_given(get_args_parser().parse_args([]), "input_size")
+
+
+def test_input_size_is_one_number_or_two(capsys):
+    assert is_given(get_args_parser().parse_args(["--input-size", "32", "64"]), "input_size")
+    with pytest.raises(SystemExit):
+        get_args_parser().parse_args(["--input-size", "32", "64", "96"])
+    assert "one number (a square) or two (height and width)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--hflip", "1.5"], ["--hflip", "-0.1"], ["--input-size", "32", "0"]])
+def test_value_out_of_range_is_refused(words):
+    with pytest.raises(UsageError, match=f"{words[0]} must .*{words[-1]}"):
+        check(get_args_parser().parse_args(words))
