@@ -10,7 +10,7 @@ import torch
 from training_runs import PLAIN, differences, finish, load, settings, start, write_pictures
 
 import main
-import training
+import run_setup
 from checkpoint import CheckpointError
 from datasets import DataError
 from engine import NonFiniteLossError
@@ -118,10 +118,10 @@ def test_resuming_upstreams_checkpoint(data, tmp_path, capsys):
     saved = load(tmp_path / "checkpoint.pth")
     upstream = {key: saved[key] for key in ("model", "optimizer", "lr_scheduler", "epoch", "scaler", "args")}
     torch.save(upstream, tmp_path / "upstream.pth")
-    run = training.prepare(
+    run = run_setup.prepare(
         settings(*PLAIN, "--data-path", data, "--epochs", "3"),
         torch.device("cpu"),
-        training.read_checkpoint_for(None, str(tmp_path / "upstream.pth")),
+        run_setup.read_checkpoint_for(None, str(tmp_path / "upstream.pth")),
     )
     assert (run.position.epoch, run.position.step) == (1, 0)
     assert differences(run.average.module.state_dict(), run.model.state_dict()) == []
@@ -148,7 +148,7 @@ def last_good(tmp_path, data):
 
 def test_a_bad_loss_leaves_the_last_checkpoint(data, tmp_path, capsys, monkeypatch):
     words, before = last_good(tmp_path, data)
-    monkeypatch.setattr(training, "build_criterion", lambda *_: lambda scores, labels: scores.sum() * float("nan"))
+    monkeypatch.setattr(run_setup, "build_criterion", lambda *_: lambda scores, labels: scores.sum() * float("nan"))
     assert main.run(words) == 2
     errors = capsys.readouterr().err
     assert "The loss of a step in epoch 1 is nan" in errors

@@ -11,7 +11,7 @@ from torch.nn import functional
 from training_runs import CLASSES, MODEL, PLAIN, load, settings, write_pictures
 
 import main
-import training
+import run_setup
 from causal_conv1d.backend import use_backend
 from checkpoint import CheckpointError, save_checkpoint
 from engine import train_one_epoch
@@ -34,7 +34,7 @@ def run(capsys, *words) -> tuple[int, str, str]:
 def prepared(data, *words):
     torch.use_deterministic_algorithms(True)
     try:
-        return training.prepare(settings(*PLAIN, "--data-path", data, *words), torch.device("cpu"))
+        return run_setup.prepare(settings(*PLAIN, "--data-path", data, *words), torch.device("cpu"))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -264,7 +264,7 @@ def test_finetuning_upstreams_checkpoint(data, tmp_path, capsys):
     payload = {"model": before.state_dict(), "args": argparse.Namespace(model=MODEL, input_size=32), "epoch": 3}
     torch.save(payload, tmp_path / "upstream.pth")
     args = settings(*PLAIN, "--data-path", data, "--finetune", tmp_path / "upstream.pth", "--input-size", "48")
-    own = training.prepare(args, torch.device("cpu"))
+    own = run_setup.prepare(args, torch.device("cpu"))
     assert "with a new head" in capsys.readouterr().out
     weights = own.model.state_dict()
     assert weights["head.weight"].shape == (3, before.embed_dim)
