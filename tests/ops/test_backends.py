@@ -101,6 +101,31 @@ def test_the_variables_are_read_at_first_use_not_at_import() -> None:
     assert "torch.Size([1, 3, 8])" in out
 
 
+@pytest.mark.skipif(
+    any(family.missing("native") is not None for family in backends.families()),
+    reason="the native kernels are not built: the header of the run says why",
+)
+@pytest.mark.parametrize("forced", [(), *((name,) for name in VARIABLES)], ids=lambda names: " ".join(names) or "none")
+def test_a_forced_half_is_not_done_by_an_op_of_both(forced: tuple[str, ...]) -> None:
+    """Ops that convolve and scan at once are compiled ones only where both halves may be."""
+    program = (
+        "import torch, mamba_ssm\n"
+        "from causal_conv1d.backend.native import Library\n"
+        "from mamba_ssm.modules.mamba_simple import Block, Mamba, run_blocks\n"
+        "names, call = set(), Library.call\n"
+        "Library.call = lambda self, name, values: names.add(name) or call(self, name, values)\n"
+        "block = Block(8, lambda dim: Mamba(dim, bimamba_type='v2')).eval()\n"
+        "x = torch.randn(1, 5, 8)\n"
+        "block(x)[0].sum().backward()\n"
+        "with torch.no_grad(): run_blocks([block], x, None); block.mixer(x)\n"
+        "print(sorted(names))\n"
+    )
+    used = run("-c", program, **dict.fromkeys(forced, "1"))
+    assert ("bidirectional" in used) == (not forced)
+    assert ("conv1d" in used) == (VARIABLES[0] not in forced)
+    assert ("selective_scan" in used) == (VARIABLES[1] not in forced)
+
+
 def test_the_commands_print_the_report() -> None:
     assert "causal_conv1d: CPU tensors run on" in run("-m", "causal_conv1d.backend")
     out = run("-m", "mamba_ssm", SELECTIVE_SCAN_FORCE_FALLBACK="1")

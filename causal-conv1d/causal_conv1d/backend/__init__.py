@@ -55,6 +55,7 @@ class Family:
         self.folder = folder
         self.native = native
         self._kernels: dict[str, dict[str, Callable[..., Any]]] = {backend: {} for backend in BACKENDS}
+        self._others: dict[str, Family] = {}
         self._forced: bool | None = None
         self._told: set[str] = set()
         _families[name] = self
@@ -67,6 +68,10 @@ class Family:
             return function
 
         return register
+
+    def join(self, other: Family, *ops: str) -> None:
+        """Let each op, which does the work of `other` too, run on what both families prefer, else on `torch`."""
+        self._others.update(dict.fromkeys(ops, other))
 
     def native_kernel(self, op: str, function: Callable[..., Any]) -> None:
         """Make `function` the compiled CPU kernel of `op`, if the compiled library is there.
@@ -129,6 +134,9 @@ class Family:
             self._require(requested, op, device_type)
             return requested
         backend = self.preferred(device_type)
+        other = self._others.get(op)
+        if other is not None and other.preferred(device_type) != backend:
+            return "torch"
         if op not in self._kernels[backend]:
             self._tell_once(f"{op}: the {backend} backend has no kernel for it; the torch backend runs it")
             backend = "torch"
@@ -165,7 +173,8 @@ class Family:
             raise RuntimeError(f"the {backend} backend of {self.name} cannot run: {reason}; {mend}")
 
     def _require(self, backend: str, op: str, device_type: str) -> None:
-        self.require(backend)
+        for family in filter(None, (self, self._others.get(op))):
+            family.require(backend)
         device = DEVICE_OF.get(backend, device_type)
         if device != device_type:
             raise RuntimeError(

@@ -46,6 +46,7 @@ LIBRARY.define(
 )
 FAMILY.implement(LIBRARY, "bidirectional_inner", "bidirectional_blocks")
 FAMILY.implement(LIBRARY, "bidirectional_inner_keeping", "bidirectional_inner_backward")
+FAMILY.join(CONVOLUTIONS, "bidirectional_inner", "bidirectional_blocks")
 
 
 @torch.library.register_fake("mamba_ssm::bidirectional_blocks", lib=LIBRARY)
@@ -323,8 +324,7 @@ def bidirectional_inner(
 def _trains_at_once(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not training.can_run(*tensors):
         return False
-    ops = ((FAMILY, "bidirectional_scan"), (CONVOLUTIONS, "conv1d"))
-    return all(family.backend_for(op, "cpu") == "native" for family, op in ops)
+    return FAMILY.backend_for("bidirectional_inner", "cpu") == "native"
 
 
 def _compose(xz: Tensor, forward: DirectionParameters, backward: DirectionParameters, scale: float) -> Tensor:
