@@ -27,6 +27,14 @@ def data(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     """The last checkpoint of a run that nothing interrupted, and the lines of its log."""

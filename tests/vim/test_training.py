@@ -25,6 +25,15 @@ def data(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small networks: threads would wait for each other, and for other tests' threads even longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def run(capsys, *words) -> tuple[int, str, str]:
     code = main.run([str(word) for word in words])
     printed = capsys.readouterr()
