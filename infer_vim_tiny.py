@@ -52,7 +52,10 @@ def demonstrate(args: argparse.Namespace) -> int:
         print("With random weights it names nothing, but here is how it runs:")
         show_running()
         code = read_digit()
-        return 2 if args.picture else code
+        if not args.picture:
+            return code
+        print(f"Not named, for want of weights: {', '.join(args.picture)}.", file=sys.stderr)
+        return 2
     if args.picture:
         return classify_with_script(args.picture, args.checkpoint or PUBLISHED)
     print(f"Weights: {classifier.source}. Give it a picture: python infer_vim_tiny.py cat.jpg")

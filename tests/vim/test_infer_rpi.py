@@ -494,3 +494,21 @@ def test_a_missing_package_is_one_sentence(tmp_path: Path, folder: Path) -> None
     assert done.returncode == 2
     assert b"setup_cpu_env.py" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+def test_the_shortest_demonstration_says_what_it_did_not_name(tmp_path: Path) -> None:
+    """Without weights and without a network it shows that Vim-Tiny runs, reads a shipped digit, and says so."""
+    root = SCRIPT.parents[1]
+    picture = root / "examples/digits/samples/three.png"
+    done = subprocess.run(
+        [sys.executable, root / "infer_vim_tiny.py", picture, "--threads", "1"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "Forward pass: " in done.stdout
+    assert "eight.png" in done.stdout
+    assert done.stderr.splitlines()[-1] == f"Not named, for want of weights: {picture}."
