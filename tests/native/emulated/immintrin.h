@@ -8,6 +8,10 @@
 
 #include <cstring>
 
+#ifndef _MM_FROUND_NO_EXC
+#define _MM_FROUND_NO_EXC SIMDE_MM_FROUND_NO_EXC
+#endif
+
 using __mmask16 = simde__mmask16;
 
 template <class To, class From>
