@@ -457,6 +457,70 @@ def test_gradients_of_the_inner(
         assert_close(value, reference, limit=max(2 * RELATIVE[torch.float32], 4 * relative_error(other, reference)))
 
 
+@pytest.mark.parametrize("features", [1, 7, 8, 33, 192])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("prenorm", [False, True])
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("rms", [False, True])
+def test_gradients_of_the_norms(
+    rms: bool, has_residual: bool, prenorm: bool, has_bias: bool, features: int, threads
+) -> None:
+    threads(2)
+    tensors = [torch.randn(3, 50, features) + 1, torch.randn(3, 50, features), torch.randn(features)]
+    tensors.append(torch.randn(features))
+
+    def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        x, residual, weight, bias = (value.to(dtype).requires_grad_() for value in tensors)
+        leaves = [x, weight, *([residual] if has_residual else []), *([bias] if has_bias else [])]
+        with use_backend(backend):
+            found = layer_norm_fn(
+                x, weight, bias if has_bias else None, residual if has_residual else None,
+                eps=1e-5, prenorm=prenorm, is_rms_norm=rms,
+            )  # fmt: skip
+            outputs = found if prenorm else (found,)
+            slopes = [torch.linspace(-1, 2 + i, out.numel(), dtype=dtype).view_as(out) for i, out in enumerate(outputs)]
+            return list(torch.autograd.grad(outputs, leaves, slopes))
+
+    with count_calls() as calls:
+        found = run(torch.float32, "native")
+    assert calls == ["add_norm", "add_norm_backward"]
+    for value, reference, other in zip(found, run(torch.float64, "torch"), run(torch.float32, "torch"), strict=True):
+        assert_close(value, reference, limit=max(2 * RELATIVE[torch.float32], 4 * relative_error(other, reference)))
+
+
+def test_gradients_of_the_norms_do_not_depend_on_the_threads(threads) -> None:
+    x, weight = torch.randn(300, 40, requires_grad=True), torch.randn(40, requires_grad=True)
+
+    def run(count: int) -> tuple[Tensor, ...]:
+        threads(count)
+        with use_backend("native"):
+            return torch.autograd.grad(layer_norm_fn(x, weight, None, is_rms_norm=True).square().sum(), (x, weight))
+
+    for one, three in zip(run(1), run(3), strict=True):
+        assert torch.equal(one, three)
+
+
+def test_the_stored_sum_alone_has_a_gradient() -> None:
+    x, residual, weight = (torch.randn(*shape, requires_grad=True) for shape in ((4, 6), (4, 6), (6,)))
+    _, total = layer_norm_fn(x, weight, None, residual, prenorm=True)
+    total.sum().backward()
+    for term in (x, residual):
+        assert term.grad is not None
+        assert torch.equal(term.grad, torch.ones(4, 6))
+    assert weight.grad is None
+
+
+def test_norms_under_transforms_of_functions() -> None:
+    x, weight = torch.randn(5, 6), torch.randn(6, requires_grad=True)
+
+    def loss(own: Tensor) -> Tensor:
+        return layer_norm_fn(x, own, None, is_rms_norm=True).square().sum()
+
+    loss(weight).backward()
+    assert weight.grad is not None
+    assert_close(torch.func.grad(loss)(weight.detach()), weight.grad, torch.float32)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own clones
 def test_inner_with_gradients_is_one_op_of_its_schema() -> None:
     xz, first, second = inner_arguments(2, 6, 40, 3, 2, 4, False)

@@ -10,6 +10,7 @@ struct Kernels {
     int (*bidirectional_inner)(Arguments &);
     int (*bidirectional_blocks)(Arguments &);
     int (*add_norm)(Arguments &);
+    int (*add_norm_backward)(Arguments &);
 };
 
 #include "instruction_sets.h"

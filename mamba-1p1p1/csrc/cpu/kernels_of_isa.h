@@ -173,6 +173,25 @@ int add_norm(Arguments &a) {
     return narrow_sum ? read_add_norm<bfloat16, bfloat16>(a, threads) : read_add_norm<bfloat16, float>(a, threads);
 }
 
+int add_norm_backward(Arguments &a) {
+    const Threads threads = a.threads();
+    if (a.integer() != FLOAT32) return WRONG_ARGUMENTS;
+    NormGradients gradients;
+    gradients.dy = a.pointer<const float>();
+    gradients.s = a.pointer<const float>();
+    gradients.ds = a.pointer<const float>();
+    gradients.weight = a.pointer<const float>();
+    gradients.out = a.pointer<float>();
+    gradients.parameters = a.pointer<float>();
+    NormSizes sizes;
+    sizes.rows = a.integer();
+    sizes.features = a.integer();
+    sizes.eps = static_cast<float>(a.number());
+    sizes.rms = a.integer() != 0;
+    if (!a.complete()) return WRONG_ARGUMENTS;
+    return gradients.run(sizes, threads);
+}
+
 inline Linear read_linear(Arguments &a, int64_t columns, int64_t depth) {
     const float *weight = a.pointer<const float>();
     return {weight, a.pointer<const float>(), columns, depth, nullptr};
@@ -261,5 +280,6 @@ int bidirectional_blocks(Arguments &a) {
 }
 
 constexpr Kernels kernels(const char *name) {
-    return {name, selective_scan, selective_scan_backward, bidirectional_inner, bidirectional_blocks, add_norm};
+    return {name, selective_scan, selective_scan_backward, bidirectional_inner, bidirectional_blocks, add_norm,
+            add_norm_backward};
 }

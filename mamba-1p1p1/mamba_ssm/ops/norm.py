@@ -2,8 +2,8 @@
 
 Glossary: x a branch's output, residual the sum of the branches before, s their sum, n features (last axis).
 Everything runs in at least fp32 (fp64 stays fp64), and the unrounded s is what is normalised, also where the
-stored residual is rounded to fp16 or bf16. Gradients come from autograd, on every device and when compiled. On a CPU,
-where no gradient is asked for, one compiled kernel does it all.
+stored residual is rounded to fp16 or bf16. Gradients come from autograd, on every device and when compiled. On a CPU
+one compiled kernel does it all, in fp32 its gradients too.
 
 Source: Layer normalisation, arXiv 1607.06450; RMS normalisation, arXiv 1910.07467.
 """
@@ -116,7 +116,11 @@ def layer_norm_fn(
     """
     _check_arguments(x, weight, bias, residual, x1, weight1, bias1, dropout_p, rowscale)
     plain = x1 is None and weight1 is None and rowscale is None and dropout_p == 0.0 and not return_dropout_mask
-    if plain and _fused(x, residual, weight, bias):
+    runs = _kernel_for(x, residual, weight, bias) if plain else None
+    if runs == "training":
+        y, s = norm_native.AddNorm.apply(x, residual, weight, bias, eps, is_rms_norm)
+        return (y, x if s is None else s) if prenorm else y
+    if runs == "inference":
         stored = None
         if prenorm and (residual is not None or (residual_in_fp32 and x.dtype != torch.float32)):
             stored = torch.float32 if residual is None else residual.dtype
@@ -359,16 +363,20 @@ def config_prune(configs: Iterable[Any]) -> list[Any]:
     return [config for config in configs if config.num_warps * warp_size <= MAX_THREADS_PER_BLOCK]
 
 
-def _fused(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `mamba_ssm::add_norm` runs this call: where its compiled kernel can, and no gradient is asked for.
+def _kernel_for(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Whether a compiled kernel runs this call: for "inference", for "training", with gradients in fp32, or None.
 
     A compiler fuses the plain operations by itself.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not norm_native.runs(x, residual, weight, bias):
-        return False
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias)):
-        return False
-    return FAMILY.backend_for("add_norm", "cpu") == "native"
+        return None
+    tensors = (x, residual, weight, bias)
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if trains and not norm_native.trains(*tensors):
+        return None
+    if FAMILY.backend_for("add_norm", "cpu") != "native":
+        return None
+    return "training" if trains else "inference"
 
 
 def _rms_norm(s: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
