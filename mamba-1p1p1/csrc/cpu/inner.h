@@ -24,6 +24,8 @@ struct Computed {
     Span span;             // what they hold now
     int64_t first_picture, span_tokens;
     float *packed_taps;    // (padded / LANES, w + 1, LANES)
+    float *kept;           // (r, B, C) of all pictures, (b, l, r + 2 n), tokens counted from the first; or null
+    int64_t length;
     float *packed;         // of dt_proj, for the channels of a task
 
     // Of `projected`: whole panels of the product.
@@ -52,7 +54,13 @@ struct Computed {
             convolve_span(x, b, d, lanes, start, tokens, packed_taps + d * (taps.width + 1), taps.width, true, tile,
                           rows + d, padded());
         }
+        const float *found = projected + row(b, start) * across();
         apply(all_columns(), rows, padded(), tokens, projected + row(b, start) * across(), across());
+        if (kept == nullptr) return;
+        const size_t bytes = static_cast<size_t>(x_proj.columns) * sizeof(float);
+        for (int64_t t = start; t < start + tokens; ++t, found += across()) {
+            memcpy(kept + (b * length + (reverse ? length - 1 - t : t)) * x_proj.columns, found, bytes);
+        }
     }
 
     void begin(const Part &part, float *memory) {
@@ -121,9 +129,9 @@ struct Spans {
 template <class T>
 class Inner {
 public:
-    // `directions` are the caller's, two of them, and are completed here.
-    Inner(Computed<T> *directions, const Sizes &sizes, const Threads &threads)
-        : directions_(directions), sizes_(sizes), threads_(threads), padded_(directions[0].padded()),
+    // `directions` are the caller's, two of them, and are completed here. `borders`: as in `Kept`.
+    Inner(Computed<T> *directions, const Sizes &sizes, const Threads &threads, float *borders = nullptr)
+        : borders_(borders), directions_(directions), sizes_(sizes), threads_(threads), padded_(directions[0].padded()),
           spans_(sizes, padded_, threads), partition_(sizes, spans_.pictures, slices_for(threads, spans_.pictures)),
           worker_floats_(floats_of_worker()), shared_floats_(take_shared({nullptr})),
           memory_(shared_floats_ + worker_floats_ * threads.count) {
@@ -174,7 +182,7 @@ private:
         }
         const bool carries = spans_.count > 1;
         float *carried = memory.take(carries ? sizes_.batch * sizes_.directions * states : 0);
-        kept_ = {nullptr, nullptr, carries ? carried : nullptr};
+        kept_ = {nullptr, borders_, carries ? carried : nullptr};
         return memory.used;
     }
 
@@ -215,6 +223,7 @@ private:
         });
     }
 
+    float *const borders_;
     Computed<T> *directions_;
     const Sizes sizes_;
     const Threads threads_;
@@ -227,9 +236,10 @@ private:
 };
 
 template <class T>
-int bidirectional(Computed<T> *directions, const Sizes &sizes, const Output<T> &output, const Threads &threads) {
+int bidirectional(Computed<T> *directions, const Sizes &sizes, const Output<T> &output, float *borders,
+                  const Threads &threads) {
     if (sizes.batch * sizes.channels * sizes.length == 0) return OK;
-    Inner<T> inner(directions, sizes, threads);
+    Inner<T> inner(directions, sizes, threads, borders);
     if (!inner.has_memory()) return OUT_OF_MEMORY;
     for_each_task(threads, inner.packing_tasks(), [&](int64_t task, int64_t) { inner.pack(task); });
     inner.run(output);

@@ -93,8 +93,11 @@ int selective_scan_backward_of(Arguments &a, Threads threads) {
     if (sizes.directions > DIRECTIONS) return WRONG_ARGUMENTS;
     Given<T> directions[DIRECTIONS];
     Gradients<T> gradients[DIRECTIONS];
+    LowRank low_rank[DIRECTIONS];
     for (int64_t s = 0; s < sizes.directions; ++s) {
         directions[s] = read_given<T>(a, sizes);
+        low_rank[s].weight = a.pointer<const float>();
+        low_rank[s].rank = a.integer();
         gradients[s].u = sequence<T>(a);
         gradients[s].delta = sequence<T>(a);
         gradients[s].B = a.pointer<float>();
@@ -104,7 +107,10 @@ int selective_scan_backward_of(Arguments &a, Threads threads) {
         gradients[s].parameters = a.pointer<float>();
     }
     if (!a.complete()) return WRONG_ARGUMENTS;
-    return scan_backward(directions, gradients, sizes, in, dz, threads);
+    for (int64_t s = 1; s < sizes.directions; ++s) {
+        if (low_rank[s].rank != low_rank[0].rank) return WRONG_ARGUMENTS;
+    }
+    return scan_backward(directions, low_rank, gradients, sizes, in, dz, threads);
 }
 
 int selective_scan_backward(Arguments &a) {
@@ -128,6 +134,7 @@ Computed<T> read_computed(Arguments &a, const Sizes &sizes, const Sequence<const
     computed.states = sizes.states;
     computed.rank = rank;
     computed.channels = sizes.channels;
+    computed.length = sizes.length;
     return computed;
 }
 
@@ -139,9 +146,13 @@ int bidirectional_inner_of(Arguments &a, Threads threads) {
     const int64_t width = a.integer(), rank = a.integer();
     if (sizes.directions != DIRECTIONS || sizes.groups != 1) return WRONG_ARGUMENTS;
     Computed<T> directions[DIRECTIONS];
-    for (int64_t s = 0; s < sizes.directions; ++s) directions[s] = read_computed<T>(a, sizes, x, width, rank);
+    for (int64_t s = 0; s < sizes.directions; ++s) {
+        directions[s] = read_computed<T>(a, sizes, x, width, rank);
+        directions[s].kept = a.pointer<float>();
+    }
+    float *borders = a.pointer<float>();
     if (!a.complete()) return WRONG_ARGUMENTS;
-    return bidirectional(directions, sizes, output, threads);
+    return bidirectional(directions, sizes, output, borders, threads);
 }
 
 int bidirectional_inner(Arguments &a) {

@@ -160,6 +160,12 @@ struct Incoming {
     float scale;  // what the output was multiplied with
 };
 
+// Where delta is of low rank: `weight` (d, rank) times what the sequence delta then holds, (b, rank, l). Else null.
+struct LowRank {
+    const float *weight;
+    int64_t rank;
+};
+
 // The memory of a worker, for `blocks` vectors of channels.
 struct BackwardWork {
     Slopes at;
@@ -167,9 +173,10 @@ struct BackwardWork {
     float *B, *C, *B_gradient, *C_gradient;              // gradients of constant ones (block, n, LANES)
     float *D_gradient, *bias_gradient;                   // (block, LANES)
     float *y;                                            // (block, l, LANES) of the first of two directions
+    float *low_rank;                                     // (rank, LANES)
     int64_t floats;
 
-    BackwardWork(Cursor memory, const Sizes &sizes, int64_t blocks, bool keeps_y) : at(memory) {
+    BackwardWork(Cursor memory, const Sizes &sizes, int64_t blocks, bool keeps_y, int64_t rank) : at(memory) {
         const int64_t all = blocks * sizes.states * LANES, chunk = sizes.states * CHUNK, one = sizes.states * LANES;
         A = memory.take(all);
         carry = memory.take(all);
@@ -182,6 +189,7 @@ struct BackwardWork {
         D_gradient = memory.take(blocks * LANES);
         bias_gradient = memory.take(blocks * LANES);
         y = memory.take(keeps_y ? blocks * sizes.length * LANES : 0);
+        low_rank = memory.take(rank * LANES);
         floats = memory.used;
     }
 };
@@ -190,6 +198,7 @@ struct BackwardWork {
 template <class T>
 struct BackwardPart {
     const Given<T> &given;
+    const LowRank &low_rank;
     const Gradients<T> &to;
     const Incoming<T> &in;
     const Sequence<T> &dz;
@@ -231,12 +240,31 @@ struct BackwardPart {
         }
     }
 
+    void expand_delta(int64_t d, int lanes, int64_t start, int64_t tokens) const {
+        const int64_t rank = low_rank.rank, channel = given.delta.channel, step = way() * given.delta.token;
+        const T *const first = given.delta.at(part.batch, 0, token(start));
+        float *const weights = work.low_rank, *const out = work.at.dt;
+        gather(low_rank.weight + d * rank, rank, 1, lanes, rank, weights);
+        in_groups(tokens, [=](int64_t t, auto count) ALWAYS_INLINE {
+            constexpr int n = decltype(count)::value;
+            Vec sums[n];
+            for (int i = 0; i < n; ++i) sums[i] = broadcast(0.0f);
+            for (int64_t j = 0; j < rank; ++j) {
+                const Vec weight = load(weights + j * LANES);
+                const T *const from = first + t * step + j * channel;
+                for (int i = 0; i < n; ++i) sums[i] = fma(broadcast(to_float(from[i * step])), weight, sums[i]);
+            }
+            for (int i = 0; i < n; ++i) store(out + (t + i) * LANES, sums[i]);
+        });
+    }
+
     void stage(int64_t d, int lanes, int64_t start, int64_t tokens) const {
         const Slopes &at = work.at;
         const Vec shift = given.bias ? load_lanes(given.bias + d, 1, lanes) : broadcast(0.0f);
         Vec reach = broadcast(0.0f);
         read(given.u, d, lanes, start, tokens, at.u);
-        read(given.delta, d, lanes, start, tokens, at.dt);
+        if (low_rank.weight) expand_delta(d, lanes, start, tokens);
+        else read(given.delta, d, lanes, start, tokens, at.dt);
         read(in.out, d, lanes, start, tokens, at.dy);
         if (in.z.data) read(in.z, d, lanes, start, tokens, at.slope);
         in_groups(tokens, [&](int64_t t, auto count) {
@@ -377,14 +405,15 @@ inline void sum_parts(const float *p, int64_t step, int64_t count, int64_t rows,
     }
 }
 
-// `given` and `to` have one entry for each direction.
+// `given`, `low_rank` and `to` have one entry for each direction.
 template <class T>
-int scan_backward(const Given<T> *given, const Gradients<T> *to, const Sizes &sizes, const Incoming<T> &in,
+int scan_backward(const Given<T> *given, const LowRank *low_rank, const Gradients<T> *to, const Sizes &sizes, const Incoming<T> &in,
                   const Sequence<T> &dz, const Threads &threads) {
     const int64_t k = sizes.group_channels();
     const Partition partition(sizes, sizes.batch, (k + BACKWARD_CHANNELS - 1) / BACKWARD_CHANNELS);
     const bool keeps_y = in.z.data && sizes.directions > 1;
-    const int64_t floats = BackwardWork({nullptr}, sizes, partition.blocks, keeps_y).floats;
+    const int64_t rank = low_rank[0].rank;  // of all directions
+    const int64_t floats = BackwardWork({nullptr}, sizes, partition.blocks, keeps_y, rank).floats;
     const int64_t rows = sizes.length * sizes.states, outer = sizes.batch * sizes.groups;
     const int64_t fixed = 1 + given[0].fixed_b + given[0].fixed_c;
     const int64_t record = sizes.channels * (fixed * sizes.states + 2);
@@ -397,10 +426,10 @@ int scan_backward(const Given<T> *given, const Gradients<T> *to, const Sizes &si
 
     for_each_task(threads, partition.tasks(), [&](int64_t task, int64_t worker) {
         const Part part = partition.part(task, 0);
-        const BackwardWork work({memory.data() + worker * floats}, sizes, partition.blocks, keeps_y);
+        const BackwardWork work({memory.data() + worker * floats}, sizes, partition.blocks, keeps_y, rank);
         for (int64_t s = 0; s < sizes.directions; ++s) {
             float *B = parts_of(s) + task * of_task, *C = B + B_floats;
-            const BackwardPart<T> one{given[s], to[s], in, dz, sizes, part, work, s, B_floats ? B : nullptr,
+            const BackwardPart<T> one{given[s], low_rank[s], to[s], in, dz, sizes, part, work, s, B_floats ? B : nullptr,
                                       C_floats ? C : nullptr, parts_of(s) + parts + part.batch * record};
             one.run();
         }

@@ -21,10 +21,12 @@ from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from causal_conv1d.backend.machine import has_fast_bf16
 from mamba_ssm.ops.mamba_inner import (
     DirectionParameters,
+    OuterProjections,
     bidirectional_inner,
     bimamba_inner_fn,
     decay_rates,
     mamba_inner_fn,
+    trained_mixer,
 )
 from mamba_ssm.ops.norm import RMSNorm, layer_norm_fn, rms_norm_fn
 from mamba_ssm.ops.selective_scan import FAMILY, selective_scan_fn
@@ -136,10 +138,19 @@ class Mamba(nn.Module):
             parameters = (*self._inner_parameters(), decay_rates(self.A_b_log))
             out = bimamba_inner_fn(self._inner_input(hidden_states), *parameters, **self._skip())
         else:
-            xz = self._inner_input(hidden_states)
-            y = bidirectional_inner(xz, self._direction(""), self._direction("_b"), self._scale)
-            out = self.out_proj(y.transpose(1, 2))
+            out = self._mix_both_ways(hidden_states)
         return out if self.init_layer_scale is None else out * self.gamma
+
+    def _mix_both_ways(self, hidden_states: Tensor) -> Tensor:
+        first, second = self._direction(""), self._direction("_b")
+        whole = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if whole and _is_plain_linear(self.in_proj) and _is_plain_linear(self.out_proj):
+            outer = (self.in_proj.weight, self.in_proj.bias, self.out_proj.weight, self.out_proj.bias)
+            out = trained_mixer(hidden_states, OuterProjections(*outer), first, second, self._scale)
+            if out is not None:
+                return out
+        y = bidirectional_inner(self._inner_input(hidden_states), first, second, self._scale)
+        return self.out_proj(y.transpose(1, 2))
 
     @property
     def _scale(self) -> float:
@@ -446,6 +457,13 @@ def _plain_parameters(block: nn.Module, dtype: torch.dtype) -> tuple[Tensor | No
         conv_b["weight"], conv_b["bias"], x_proj_b["weight"], dt_proj_b["weight"], own["A_b_log"], own["D_b"],
         dt_proj_b["bias"],
     )  # fmt: skip
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling it gives its product and nothing else."""
+    if _global_forward_hooks or _global_forward_pre_hooks or type(module) is not nn.Linear:
+        return False
+    return not (_is_altered(module) or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _is_altered(module: nn.Module | None) -> bool:

@@ -22,11 +22,10 @@ from causal_conv1d.conv1d import FAMILY as CONVOLUTIONS
 from causal_conv1d.reference import conv1d_reference
 from mamba_ssm.ops import mamba_inner_training as training
 from mamba_ssm.ops import selective_scan_native as native
-from mamba_ssm.ops.mamba_inner_training import DirectionParameters
+from mamba_ssm.ops.mamba_inner_training import NO_PROJECTIONS, DirectionParameters, OuterProjections
 from mamba_ssm.ops.norm import layer_norm_fn
 from mamba_ssm.ops.reference import scan_reference
 from mamba_ssm.ops.selective_scan import FAMILY, bidirectional_scan, selective_scan_fn
-from mamba_ssm.ops.selective_scan_torch import CHUNK
 
 _ONE = "Tensor conv1d_weight{0}, Tensor? conv1d_bias{0}, Tensor x_proj_weight{0}, Tensor delta_proj_weight{0}, "
 _ONE += "Tensor A_log{0}, Tensor? D{0}, Tensor? delta_bias{0}"
@@ -36,16 +35,7 @@ LIBRARY.define(
     "bidirectional_blocks(Tensor x, Tensor? residual, Tensor?[] parameters, float eps, bool rms, float scale)"
     " -> (Tensor out, Tensor residual)"
 )
-LIBRARY.define(
-    f"bidirectional_inner_keeping(Tensor xz, {_ONE.format('')}, {_ONE.format('_b')}, float scale)"
-    " -> (Tensor out, Tensor u, Tensor projected, Tensor delta, Tensor A, Tensor states)"
-)
-LIBRARY.define(
-    "bidirectional_inner_backward(Tensor dout, Tensor u, Tensor projected, Tensor delta, Tensor A, Tensor states,"
-    f" Tensor xz, {_ONE.format('')}, {_ONE.format('_b')}, float scale) -> Tensor[]"
-)
 FAMILY.implement(LIBRARY, "bidirectional_inner", "bidirectional_blocks")
-FAMILY.implement(LIBRARY, "bidirectional_inner_keeping", "bidirectional_inner_backward")
 FAMILY.join(CONVOLUTIONS, "bidirectional_inner", "bidirectional_blocks")
 
 
@@ -82,64 +72,6 @@ def _inner_torch(xz: Tensor, *arguments: Any) -> Tensor:
     return _compose(xz, *training.of_both_directions(tuple(parameters)), scale)
 
 
-# --- with gradients: compiled kernels only; elsewhere the ops of the parts have theirs
-
-
-def _inner_keeping(xz: Tensor, *arguments: Any) -> tuple[Tensor, ...] | None:
-    *parameters, scale = arguments
-    if not training.can_run(xz, *parameters):
-        return None
-    out, kept = training.forward(xz, training.of_both_directions(tuple(parameters)), scale)
-    return out, *kept
-
-
-def _inner_backward(dout: Tensor, *arguments: Any) -> list[Tensor] | None:
-    *tensors, scale = arguments
-    kept, xz, parameters = training.Kept(*tensors[:5]), tensors[5], tuple(tensors[6:])
-    dxz, gradients = training.backward(dout, xz, kept, training.of_both_directions(parameters), scale)
-    flat = [own[name] for own in gradients for name in DirectionParameters._fields]
-    return [dxz, *(value for value, given in zip(flat, parameters, strict=True) if given is not None)]
-
-
-@torch.library.register_fake("mamba_ssm::bidirectional_inner_keeping", lib=LIBRARY)
-def _keeping_fake(xz: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    batch, doubled, length = xz.shape
-    channels, states, columns = doubled // 2, arguments[4].shape[1], arguments[2].shape[0]
-    chunks = (length + CHUNK - 1) // CHUNK
-    u = xz.new_empty((2, batch, length, channels))
-    return (
-        _inner_fake(xz), u, xz.new_empty((2, batch, length, columns)), torch.empty_like(u),
-        xz.new_empty((2, channels, states)), xz.new_empty((batch, chunks, 2, 1, states, channels)),
-    )  # fmt: skip
-
-
-@torch.library.register_fake("mamba_ssm::bidirectional_inner_backward", lib=LIBRARY)
-def _backward_fake(dout: Tensor, *arguments: Any) -> list[Tensor]:
-    xz, *parameters = arguments[5:-1]
-    batch, doubled, length = xz.shape
-    given = [value.new_empty(value.shape) for value in parameters if value is not None]
-    return [xz.new_empty((batch, length, doubled)).transpose(1, 2), *given]
-
-
-def _save_inner(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*output[1:], *tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _inner_gradients(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    if dout is None:
-        return (None,) * (len(saved) - 4)
-    found = iter(torch.ops.mamba_ssm.bidirectional_inner_backward(dout, *saved, ctx.scale))
-    return (*(None if value is None else next(found) for value in saved[5:]), None)
-
-
-torch.library.register_autograd(
-    "mamba_ssm::bidirectional_inner_keeping", _inner_gradients, setup_context=_save_inner, lib=LIBRARY
-)
-FAMILY.native_kernel("bidirectional_inner_keeping", _inner_keeping)
-FAMILY.native_kernel("bidirectional_inner_backward", _inner_backward)
 FAMILY.native_kernel("bidirectional_inner", native.bidirectional_inner)
 FAMILY.native_kernel("bidirectional_blocks", native.bidirectional_blocks)
 
@@ -314,11 +246,34 @@ def bidirectional_inner(
     """
     _split(xz)
     arguments = (*forward, *backward)
-    if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in (xz, *arguments)):
-        if _trains_at_once(xz, *arguments):
-            return torch.ops.mamba_ssm.bidirectional_inner_keeping(xz, *arguments, scale)[0]
-        return _compose(xz, forward, backward, scale)
-    return torch.ops.mamba_ssm.bidirectional_inner(xz, *arguments, scale)
+    if not _needs_gradient(xz, *arguments):
+        return torch.ops.mamba_ssm.bidirectional_inner(xz, *arguments, scale)
+    if _trains_at_once(xz, *arguments):
+        y: Tensor = training.BidirectionalMixer.apply(xz, scale, *NO_PROJECTIONS, *arguments)
+        return y
+    return _compose(xz, forward, backward, scale)
+
+
+def trained_mixer(
+    x: Tensor,
+    outer: OuterProjections,
+    forward: DirectionParameters,
+    backward: DirectionParameters,
+    scale: float = 1.0,
+) -> Tensor | None:
+    """`bidirectional_inner` between its outer projections, (b, l, m) to (b, l, m), where a gradient is asked for.
+
+    None where the compiled kernels do not run it, or nothing needs a gradient.
+    """
+    arguments = (x, *outer, *forward, *backward)
+    if not _needs_gradient(*arguments) or not _trains_at_once(*arguments):
+        return None
+    found: Tensor = training.BidirectionalMixer.apply(x, scale, *arguments[1:])
+    return found
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
 
 
 def _trains_at_once(*tensors: Tensor | None) -> bool:

@@ -1,10 +1,11 @@
-"""The inside of a "v2" block with its gradients, as one op each way on the compiled CPU kernels.
+"""A "v2" mixer and its gradients on the compiled CPU kernels, with or without its outer projections.
 
-    b batch, e inner channels, l length, n state, r dt rank, w conv width, s = 2 directions
+    b batch, m model channels, e inner channels, l length, n state, r dt rank, w conv width, s = 2 directions
 
-The forward keeps what the backward needs, both directions in one tensor. The backward writes every gradient where it
+The forward keeps the small (r, B, C) and the states between chunks; the backward convolves again and expands r to the
+steps again, which takes less time than to write all that to memory and to read it. It writes every gradient where it
 belongs: those of x and z into the halves of that of xz, those of B and C into columns of that of the projections.
-Composed of the ops of its parts, a block copies and adds these one by one: a tenth of the time of a training step.
+Composed of the ops of its parts, a block copies and adds these one by one.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from causal_conv1d import conv1d_native
 from causal_conv1d.backend.call import Call
 from mamba_ssm.ops import selective_scan_native as native
-from mamba_ssm.ops.selective_scan_torch import Direction
+from mamba_ssm.ops.selective_scan_torch import CHUNK, Direction
 
 DIRECTIONS = (False, True)  # whether reversed
 
@@ -34,42 +37,16 @@ class DirectionParameters(NamedTuple):
     delta_bias: Tensor | None
 
 
-class Kept(NamedTuple):
-    """What the backward needs of the forward.
+class OuterProjections(NamedTuple):
+    """The projections around the inside of a block: weights (2 e, m) and (m, e), biases or None."""
 
-    Attributes:
-        u: (s, b, l, e), after the convolution. projected: (s, b, l, r + 2 n). delta: (s, b, l, e), before the softplus.
-        A: (s, e, n). states: those before each chunk, as `selective_scan` keeps them.
-    """
+    in_weight: Tensor | None
+    in_bias: Tensor | None
+    out_weight: Tensor | None
+    out_bias: Tensor | None
 
-    u: Tensor
-    projected: Tensor
-    delta: Tensor
-    A: Tensor
-    states: Tensor
 
-    @property
-    def n(self) -> int:
-        return self.A.shape[2]
-
-    @property
-    def rank(self) -> int:
-        return self.projected.shape[3] - 2 * self.n
-
-    def rows(self, name: str, direction: int) -> Tensor:
-        """(b l, columns) of one direction."""
-        value: Tensor = getattr(self, name)
-        return value[direction].flatten(0, 1)
-
-    def scan_inputs(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, 1, l, n) each, views of the projections (b, l, r + 2 n) of one direction."""
-        B, C = projected[..., self.rank :].split(self.n, dim=-1)
-        return B[:, None], C[:, None]
-
-    def direction(self, index: int, own: DirectionParameters) -> Direction:
-        B, C = (value.transpose(2, 3) for value in self.scan_inputs(self.projected[index]))
-        u, delta = self.u[index].transpose(1, 2), self.delta[index].transpose(1, 2)
-        return Direction(u, delta, self.A[index], B, C, own.D, own.delta_bias, DIRECTIONS[index])
+NO_PROJECTIONS = OuterProjections(None, None, None, None)
 
 
 def can_run(*tensors: Tensor | None) -> bool:
@@ -77,74 +54,144 @@ def can_run(*tensors: Tensor | None) -> bool:
     return all(value is None or (value.dtype is torch.float32 and value.device.type == "cpu") for value in tensors)
 
 
-def forward(xz: Tensor, parameters: tuple[DirectionParameters, ...], scale: float) -> tuple[Tensor, Kept]:
+class BidirectionalMixer(torch.autograd.Function):
+    """Takes x, a scale, `OuterProjections` and both `DirectionParameters`, these two unpacked; all in fp32.
+
+    x is (b, l, m), which gives (b, l, m), or with `NO_PROJECTIONS` xz (b, 2 e, l), which gives (b, e, l).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, *parameters: Tensor | None) -> Tensor:
+        """See the class."""
+        outer, inner = OuterProjections(*parameters[:4]), parameters[4:]
+        xz = x if outer.in_weight is None else F.linear(x, outer.in_weight, outer.in_bias).transpose(1, 2)
+        y, kept = forward(xz, inner, scale)
+        ctx.scale = scale
+        if outer.out_weight is None:
+            ctx.save_for_backward(xz, None, None, *kept, *parameters)
+            return y
+        ctx.save_for_backward(xz, x, y, *kept, *parameters)
+        return F.linear(y.transpose(1, 2), outer.out_weight, outer.out_bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x and of every parameter."""
+        xz, x, y, projected, states, *parameters = ctx.saved_tensors
+        outer, inner = OuterProjections(*parameters[:4]), parameters[4:]
+        kept, around = Kept(projected, states), NO_PROJECTIONS
+        if outer.in_weight is None or outer.out_weight is None:
+            dx, gradients = backward(dout, xz, kept, inner, ctx.scale)
+        else:
+            slope, hidden, y = dout.flatten(0, 1), x.flatten(0, 1), y.transpose(1, 2)
+            dy = (slope @ outer.out_weight).view(y.shape).transpose(1, 2)
+            dxz, gradients = backward(dy, xz, kept, inner, ctx.scale)
+            rows = dxz.transpose(1, 2).flatten(0, 1)
+            dx = (rows @ outer.in_weight).view(x.shape)
+            around = OuterProjections(
+                rows.t() @ hidden,
+                None if outer.in_bias is None else rows.sum(0),
+                slope.t() @ y.flatten(0, 1),
+                None if outer.out_bias is None else slope.sum(0),
+            )
+        given = [None if value is None else own for value, own in zip(inner, gradients, strict=True)]
+        return dx, None, *around, *given
+
+
+class Kept(NamedTuple):
+    """What the backward needs of the inside's forward.
+
+    Attributes:
+        projected: (s, b, l, r + 2 n), (r, B, C) of each token. states: those before each chunk, as `selective_scan`
+            keeps them.
+    """
+
+    projected: Tensor
+    states: Tensor
+
+
+def forward(xz: Tensor, parameters: tuple[Tensor | None, ...], scale: float) -> tuple[Tensor, Kept]:
     """(b, e, l), the gated sum of both directions times `scale`, of xz (b, 2 e, l); and what to keep."""
-    x, z = xz.chunk(2, dim=1)
-    batch, channels, length = x.shape
-    columns, states = parameters[0].x_proj_weight.shape[0], parameters[0].A_log.shape[1]
-    sizes = (len(DIRECTIONS), batch, length)
+    own = of_both_directions(parameters)[0]
+    batch, doubled, length = xz.shape
+    chunks = (length + CHUNK - 1) // CHUNK
     kept = Kept(
-        xz.new_empty(*sizes, channels),
-        xz.new_empty(*sizes, columns),
-        xz.new_empty(*sizes, channels),
-        torch.stack([own.A_log for own in parameters]).exp_().neg_(),
-        xz.new_empty(0),
+        xz.new_empty(len(DIRECTIONS), batch, length, own.x_proj_weight.shape[0]),
+        xz.new_empty(batch, chunks, len(DIRECTIONS), 1, own.A_log.shape[1], doubled // 2),
     )
-    for index, (own, reverse) in enumerate(zip(parameters, DIRECTIONS, strict=True)):
-        u, projected, delta = (kept.rows(name, index) for name in ("u", "projected", "delta"))
-        taps = own.conv1d_weight.squeeze(1)
-        conv1d_native.conv1d_into(kept.u[index].transpose(1, 2), x, taps, own.conv1d_bias, True, reverse)
-        torch.mm(u, own.x_proj_weight.t(), out=projected)
-        torch.mm(projected[:, : kept.rank], own.delta_proj_weight.t(), out=delta)
-    assert columns == kept.rank + 2 * states
-    directions = [kept.direction(index, own) for index, own in enumerate(parameters)]
-    found = native.scan(directions, z, softplus=True, keep_states=True, scale=scale)
-    assert found is not None
-    return found[0], kept._replace(states=found[2])
+    return native.run_inner(xz, parameters, scale, *kept), kept
 
 
 def backward(
-    dout: Tensor, xz: Tensor, kept: Kept, parameters: tuple[DirectionParameters, ...], scale: float
-) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """The gradients of xz (b, 2 e, l), channels contiguous, and of each direction's parameters by their names."""
+    dout: Tensor, xz: Tensor, kept: Kept, parameters: tuple[Tensor | None, ...], scale: float
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradients of xz (b, 2 e, l), channels contiguous, and of each parameter, in their order."""
     x, z = xz.chunk(2, dim=1)
-    dxz = xz.new_empty(xz.shape[0], xz.shape[2], xz.shape[1]).transpose(1, 2)
+    batch, channels, length = x.shape
+    dxz = xz.new_empty(batch, length, 2 * channels).transpose(1, 2)
     dx, dz = dxz.chunk(2, dim=1)
-    u, projected, delta = (torch.empty_like(value) for value in kept[:3])
-    grown = Kept(u, projected, delta, kept.A, kept.states)
-    directions = [kept.direction(index, own) for index, own in enumerate(parameters)]
-    rooms = [_room(grown, index, direction) for index, direction in enumerate(directions)]
+    sides = [
+        _Side(x, kept.projected[index], own, reverse)
+        for index, (own, reverse) in enumerate(zip(of_both_directions(parameters), DIRECTIONS, strict=True))
+    ]
+    rooms, directions = [side.room for side in sides], [side.direction for side in sides]
     call = Call(torch.float32)
     native.scan_backward_into(call, rooms, dz, directions, z, dout, None, kept.states, softplus=True, scale=scale)
-    found = []
-    for index, (own, direction, room) in enumerate(zip(parameters, directions, rooms, strict=True)):
-        du, dprojected, ddelta = (grown.rows(name, index) for name in ("u", "projected", "delta"))
-        u, projected = kept.rows("u", index), kept.rows("projected", index)
-        torch.mm(ddelta, own.delta_proj_weight, out=dprojected[:, : kept.rank])
+    return dxz, [*sides[0].finish(dx, x, add=False), *sides[1].finish(dx, x, add=True)]
+
+
+class _Side:
+    """One direction in the backward.
+
+    Attributes:
+        u: (b, l, e), after the convolution. projected: (b, l, r + 2 n). du, dprojected, ddelta: their gradients.
+        direction: what was scanned. room: where the gradients of that go.
+    """
+
+    def __init__(self, x: Tensor, projected: Tensor, own: DirectionParameters, reverse: bool) -> None:
+        batch, channels, length = x.shape
+        states = own.A_log.shape[1]
+        self.own, self.projected, self.rank = own, projected, projected.shape[2] - 2 * states
+        self.u, self.du, self.ddelta = (x.new_empty(batch, length, channels) for _ in range(3))
+        self.dprojected = torch.empty_like(projected)
+        self.taps = own.conv1d_weight.squeeze(1)
+        conv1d_native.conv1d_into(self.u.transpose(1, 2), x, self.taps, own.conv1d_bias, True, reverse)
+        B, C = (value.transpose(2, 3) for value in self._scan_inputs(projected))
+        A = own.A_log.exp().neg_()
+        r = projected[..., : self.rank].transpose(1, 2)
+        self.direction = Direction(self.u.transpose(1, 2), r, A, B, C, own.D, own.delta_bias, reverse)
+        du, ddelta = self.du.transpose(1, 2), self.ddelta.transpose(1, 2)
+        record = x.new_empty(channels * (states + 2))
+        inputs = self._scan_inputs(self.dprojected)
+        self.room = native.Room(du, ddelta, *inputs, record, own.delta_proj_weight)
+
+    def _low_rank(self, projected: Tensor) -> Tensor:
+        """(b l, r), a view."""
+        return projected.flatten(0, 1)[:, : self.rank]
+
+    def _scan_inputs(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """B and C as (b, 1, l, n), views."""
+        rank, states = self.rank, self.own.A_log.shape[1]
+        return projected[:, None, :, rank : rank + states], projected[:, None, :, rank + states :]
+
+    def finish(self, dx: Tensor, x: Tensor, add: bool) -> tuple[Tensor, ...]:
+        """With the scan's gradients there: write or add that of x (b, e, l); the parameters' gradients, in order."""
+        own, du, ddelta, dprojected = self.own, *(v.flatten(0, 1) for v in (self.du, self.ddelta, self.dprojected))
+        torch.mm(ddelta, own.delta_proj_weight, out=dprojected[:, : self.rank])
         du.addmm_(dprojected, own.x_proj_weight)
         sums = conv1d_native.conv1d_backward_into(
-            dx, grown.u[index].transpose(1, 2), x, own.conv1d_weight.squeeze(1), own.conv1d_bias, True,
-            direction.reverse, accumulate=index > 0,
-        )  # fmt: skip
-        scan = room.named(direction)
-        found.append(
-            {
-                "conv1d_weight": sums[:, None, :-1].clone(),
-                "conv1d_bias": sums[:, -1].clone(),
-                "x_proj_weight": dprojected.t() @ u,
-                "delta_proj_weight": ddelta.t() @ projected[:, : kept.rank],
-                "A_log": scan["A"] * direction.A,
-                "D": scan["D"].clone(),
-                "delta_bias": scan["delta_bias"].clone(),
-            }
+            dx, self.room.u, x, self.taps, own.conv1d_bias, True, self.direction.reverse, accumulate=add
         )
-    return dxz, found
-
-
-def _room(grown: Kept, index: int, direction: Direction) -> native.Room:
-    d, n = direction.A.shape
-    u, delta = grown.u[index].transpose(1, 2), grown.delta[index].transpose(1, 2)
-    return native.Room(u, delta, *grown.scan_inputs(grown.projected[index]), torch.empty(d * (n + 2)))
+        A, D, bias = self.room.record.split([own.A_log.numel(), *[x.shape[1]] * 2])
+        return (
+            sums[:, None, :-1].clone(),
+            sums[:, -1].clone(),
+            dprojected.t() @ self.u.flatten(0, 1),
+            ddelta.t() @ self._low_rank(self.projected),
+            A.view_as(own.A_log) * self.direction.A,
+            D.clone(),
+            bias.clone(),
+        )
 
 
 def of_both_directions(parameters: tuple[Any, ...]) -> tuple[DirectionParameters, DirectionParameters]:

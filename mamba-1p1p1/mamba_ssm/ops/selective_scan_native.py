@@ -98,6 +98,8 @@ class Room:
         u, delta: (b, d, l), any strides.
         B, C: (b, g, l, n) of varying ones, alike in their strides, n contiguous; None of constant ones.
         record: A, then constant B and constant C, (d, n) each, then D and delta_bias, (d,) each.
+        delta_weight: (d, r), where `Direction.delta` holds r (b, r, l) and delta is the product of the two. The
+            gradient is that of the product.
     """
 
     u: Tensor
@@ -105,6 +107,7 @@ class Room:
     B: Tensor | None
     C: Tensor | None
     record: Tensor
+    delta_weight: Tensor | None = None
 
     def named(self, direction: Direction) -> dict[str, Tensor]:
         """By the names of the arguments, in their order; also of D and delta_bias that are not there."""
@@ -146,6 +149,7 @@ def scan_backward_into(
     call.parameter(dlast).address(call.kept(states.contiguous())).number(scale)
     for direction, room in zip(directions, rooms, strict=True):
         _direction(call, direction, softplus)
+        call.parameter(room.delta_weight).integers(0 if room.delta_weight is None else room.delta_weight.shape[1])
         call.sequence(room.u).sequence(room.delta).address(room.B).address(room.C)
         varying = room.C if room.B is None else room.B
         row, outer = (0, 0) if varying is None else (varying.stride(2), varying.stride(0) // direction.groups)
@@ -188,8 +192,23 @@ PER_BLOCK = 6 + 2 * PER_DIRECTION  # and of a block: norm, input and output proj
 def bidirectional_inner(xz: Tensor, *arguments: Any) -> Tensor | None:
     """The op `mamba_ssm::bidirectional_inner`."""
     *parameters, scale = arguments
-    if _any_wide(xz, *parameters):
-        return None
+    return None if _any_wide(xz, *parameters) else run_inner(xz, parameters, scale)
+
+
+def run_inner(
+    xz: Tensor,
+    parameters: Sequence[Tensor | None],
+    scale: float,
+    projected: Tensor | None = None,
+    states: Tensor | None = None,
+) -> Tensor:
+    """The gated sum of both directions (b, e, l), times `scale`, of xz (b, 2 e, l), channels contiguous.
+
+    Args:
+        parameters: those of both directions.
+        projected: (2, b, l, r + 2 n), contiguous, filled with each direction's (r, B, C).
+        states: (b, chunks, 2, 1, n, e), contiguous, filled with the states before each chunk.
+    """
     batch, doubled, length = xz.shape
     channels = doubled // 2
     call = Call(torch.bfloat16 if xz.dtype == torch.bfloat16 else torch.float32)
@@ -198,7 +217,10 @@ def bidirectional_inner(xz: Tensor, *arguments: Any) -> Tensor | None:
     call.integers(batch, channels, length, _states(parameters), 1, 2)
     _output(call, out, z, 2, scale)
     call.sequence(x).integers(*_width_and_rank(parameters))
-    _both_directions(call, parameters)
+    for index in range(2):
+        _one_direction(call, parameters, index)
+        call.address(None if projected is None else projected[index])
+    call.address(states)
     call.run(LIBRARY, "bidirectional_inner")
     return out.to(xz.dtype)
 
@@ -224,7 +246,8 @@ def bidirectional_blocks(
     for start in range(0, len(parameters), PER_BLOCK):
         for value in parameters[start : start + 6]:
             call.parameter(value)
-        _both_directions(call, parameters[start + 6 : start + PER_BLOCK])
+        for index in range(2):
+            _one_direction(call, parameters[start + 6 : start + PER_BLOCK], index)
     call.run(LIBRARY, "bidirectional_blocks")
     return out.to(dtype), total
 
@@ -241,9 +264,8 @@ def _width_and_rank(parameters: Sequence[Any]) -> tuple[int, int]:
     return parameters[0].shape[-1], parameters[3].shape[1]
 
 
-def _both_directions(call: Call, parameters: Sequence[Any]) -> None:
-    """The parameters of each direction, and whether it is reversed."""
-    for reverse in (False, True):
-        for value in parameters[reverse * PER_DIRECTION : (reverse + 1) * PER_DIRECTION]:
-            call.parameter(value)
-        call.integers(reverse)
+def _one_direction(call: Call, parameters: Sequence[Any], index: int) -> None:
+    """The parameters of a direction, and whether it is reversed."""
+    for value in parameters[index * PER_DIRECTION : (index + 1) * PER_DIRECTION]:
+        call.parameter(value)
+    call.integers(index)
