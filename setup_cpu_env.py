@@ -424,6 +424,12 @@ def prove(environment: Environment, torch_version: str | None) -> None:
         *report,
     ):
         print(f"      {line}", flush=True)
+    if any(re.search(r"native\s+not available.*C\+\+ compiler", line) for line in report):
+        print(
+            "note: no C++ compiler was found, so pure PyTorch runs, several times slower; install one (on Debian, "
+            "Ubuntu and Raspberry Pi OS `sudo apt install g++`) and run this again with --recreate.",
+            flush=True,
+        )
 
 
 def set_up(environment: Environment, options: argparse.Namespace) -> None:
@@ -459,13 +465,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     action.add_argument("--test", action="store_true", help="then run the tests")
     action.add_argument("--check", action="store_true", help="only prove an environment; exit 1 if it is not whole")
     options = parser.parse_args(arguments)
+    if options.check and options.recreate:
+        parser.error("--check changes nothing and --recreate does; give one of them")
     options.venv = Path(os.path.abspath(options.venv))
     return options
 
 
 def check(environment: Environment, options: argparse.Namespace) -> None:
     if not is_in_place(environment, options):
-        raise SetupError(f"{environment.folder} is not whole for this checkout; run setup_cpu_env.py to make it so.")
+        here = environment.folder == ROOT / ".venv"
+        command = "setup_cpu_env.py" if here else f"setup_cpu_env.py --venv {environment.folder}"
+        switches = ", ".join(sorted(name for name in os.environ if SWITCHES.match(name)))
+        setting = f" with {switches} set as now" if switches else ""
+        raise SetupError(f"{environment.folder} is not whole for this checkout{setting}; run {command} to make it so.")
     prove(environment, options.torch)
 
 

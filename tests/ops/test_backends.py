@@ -127,7 +127,9 @@ def test_a_forced_half_is_not_done_by_an_op_of_both(forced: tuple[str, ...]) -> 
 
 
 def test_the_commands_print_the_report() -> None:
-    assert "causal_conv1d: CPU tensors run on" in run("-m", "causal_conv1d.backend")
+    for module in ("causal_conv1d.backend", "causal_conv1d"):
+        assert "causal_conv1d: CPU tensors run on" in run("-m", module)
+    assert "usage: python -m mamba_ssm" in run("-m", "mamba_ssm", "--help")
     out = run("-m", "mamba_ssm", SELECTIVE_SCAN_FORCE_FALLBACK="1")
     assert "selective_scan: CPU tensors run on 'torch'" in out
     assert "SELECTIVE_SCAN_FORCE_FALLBACK is set" in out

@@ -419,6 +419,32 @@ def test_check_of_what_is_not_there_says_so(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_check_names_the_folder_and_the_variables(
+    environment: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(environment) == 0
+    monkeypatch.setenv("CAUSAL_CONV1D_FORCE_FALLBACK", "1")
+    assert main(environment, "--check") == 1
+    error = capsys.readouterr().err
+    assert "is not whole for this checkout with CAUSAL_CONV1D_FORCE_FALLBACK set as now" in error
+    assert f"run setup_cpu_env.py --venv {environment.folder} to make it so" in error
+
+
+def test_check_and_recreate_exclude_each_other(environment: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(environment, "--check", "--recreate")
+    assert "--check changes nothing and --recreate does" in capsys.readouterr().err
+
+
+def test_a_missing_compiler_is_told_with_its_mend(
+    environment: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = "  native not available: no C++ compiler could build its kernels (no such file: c++)"
+    monkeypatch.setattr(set_up.Environment, "prove", lambda self, *given: [VERSIONS, reason])
+    assert main(environment) == 0
+    assert "note: no C++ compiler was found" in capsys.readouterr().out
+
+
 def test_check_of_a_real_environment_without_torch_fails(environment: Any) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment.folder], check=True)
     environment.write_state(made_here=True, whole=True, inputs=set_up.fingerprint(), tests=False)
