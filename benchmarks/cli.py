@@ -3,7 +3,7 @@
 scripts/bench                      the comparisons of the README
 scripts/bench claims               those that prove what is claimed
 scripts/bench 'resolution_*'       those whose names match; --list prints all names
-scripts/bench --quick              the first of them in a few seconds, to see that it works
+scripts/bench --quick              three rounds of the first of them, to see that it works
 scripts/bench --plot JSON PNG      draw what 'resolution_*' wrote with --json
 """
 
