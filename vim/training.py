@@ -48,15 +48,20 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     """
     resumed = _checkpoint_to_resume(args)
     run = prepare(args, device, resumed)
+    with _requests_to_stop() as asked:
+        _train_on_record(run, asked, anew=resumed is None)
+
+
+def _train_on_record(run: Run, asked: Callable[[], int], *, anew: bool) -> None:
+    args = run.args
     folder = Path(args.output_dir) if args.output_dir else None
-    record = RunRecord(folder, args, resume=resumed is not None) if utils.is_main_process() else None
+    record = RunRecord(folder, args, resume=not anew) if utils.is_main_process() else None
     if record is not None:
         record.rewind(run.position.epoch)
     _describe(run)
     finished = False
     try:
-        with _requests_to_stop() as asked:
-            _run_epochs(run, record, asked)
+        _run_epochs(run, record, asked)
         finished = True
     except NonFiniteLossError as error:
         raise NonFiniteLossError(f"{error} {_how_to_go_on(args)}") from error
