@@ -1,4 +1,4 @@
-"""3-Augment: one of grey, solarized or blurred, beside crop, flip and colour jitter (arXiv 2204.07118)."""
+"""Random changes of training pictures: 3-Augment (arXiv 2204.07118), and small moves that lose nothing of a picture."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import timm.data.auto_augment
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms import InterpolationMode, functional
 
 from pictures import IMAGENET_MEAN, IMAGENET_STD
 
 BORDER = 4  # pixels that the simple random crop may look beyond the picture, where it is mirrored
 LEAST_AREA = 0.08  # of the picture, for a random part of it
+TURN, SLANT = 12.0, 12.0  # degrees to either side, at most
+SHIFT = 0.1  # of the width and of the height, to either side, at most
+SIZES = 0.85, 1.15  # least and most
 
 
 def posterize_to_nothing(picture: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
@@ -118,6 +123,39 @@ class horizontal_flip(_Sometimes):  # noqa: N801 (upstream's name)
     def change(self, picture: Image.Image) -> Image.Image:
         """Return the picture mirrored."""
         return ImageOps.mirror(picture)
+
+
+class RandomMove:
+    """Turn, move, size and slant a PIL picture a little, each amount uniform in -TURN .. TURN and so on.
+
+    What comes in from beyond the border has the border's colour. The size in pixels stays. Random numbers come from
+    torch, and from Python's `random` for the interpolation "random".
+
+    Args:
+        interpolation: bilinear or bicubic; random: either, equally likely for each picture.
+    """
+
+    def __init__(self, interpolation: str = "bicubic") -> None:
+        self.interpolations = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        """Return the picture moved."""
+        angle, shift, size, slant = transforms.RandomAffine.get_params(
+            [-TURN, TURN], [SHIFT, SHIFT], [*SIZES], [-SLANT, SLANT], [picture.width, picture.height]
+        )
+        interpolation = InterpolationMode(random.choice(self.interpolations))
+        colour = list(border_colour(picture))
+        return functional.affine(picture, angle, [*shift], size, [*slant], interpolation, fill=colour)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(interpolation={' or '.join(self.interpolations)})"
+
+
+def border_colour(picture: Image.Image) -> tuple[int, ...]:
+    """Return the median of the outermost pixels of an RGB picture, 0 .. 255 per channel."""
+    values = np.asarray(picture)
+    border = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+    return tuple(int(value) for value in np.median(border, axis=0))
 
 
 class _Cover:

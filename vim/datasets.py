@@ -274,15 +274,16 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Callable[[Any],
 
     Args:
         is_train: timm's augmentation by `args` (pictures of up to 32 pixels: a random crop with a margin of
-            4 instead of a random part); else the same as inference does.
-        args: input_size (pixels, or a (height, width) pair), eval_crop_ratio; for training also color_jitter,
-            aa, hflip, train_interpolation, reprob, remode, recount.
+            4 instead of a random part; with `affine`, a small random move and then evaluation's own crop instead
+            of either); else the same as inference does.
+        args: input_size (pixels, or a (height, width) pair), eval_crop_ratio; for training also affine,
+            color_jitter, aa, hflip, train_interpolation, reprob, remode, recount.
     """
     if not is_train:
         return eval_transform(args.input_size, args.eval_crop_ratio)
     from timm.data import create_transform
 
-    from augment import mend_posterize
+    from augment import RandomMove, mend_posterize
 
     options = {option: getattr(args, flag) for option, flag in _AUGMENTATION.items()}
     if options["auto_augment"] in ("", "none"):
@@ -295,6 +296,9 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Callable[[Any],
             "knows, --remode const, rand or pixel."
         ) from error
     mend_posterize(steps)
-    if isinstance(args.input_size, int) and args.input_size <= 32:
+    if args.affine:
+        crop = eval_transform(args.input_size, args.eval_crop_ratio).crop
+        steps.transforms[:1] = [RandomMove(args.train_interpolation), crop]
+    elif isinstance(args.input_size, int) and args.input_size <= 32:
         steps.transforms[0] = transforms.RandomCrop(args.input_size, padding=4)
     return steps

@@ -261,11 +261,17 @@ def _add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
         "--train-interpolation",
         str,
         "bicubic",
-        "interpolation of the training crops",
+        "interpolation of the training crops, or of --affine",
         choices=("random", "bilinear", "bicubic"),
     )
     flags.pair("--repeated-aug", "--no-repeated-aug", True, "each picture several times per epoch, if distributed")
     flags.value("--hflip", float, 0.5, "probability that a training picture is mirrored; 0 for digits and text")
+    flags.switch(
+        "--affine",
+        "instead of the random crop, turn and slant each training picture by up to 12 degrees, move it by up to 10 %% "
+        "and size it to 85 to 115 %%, at random, then crop as in evaluation; what comes in from beyond the border has "
+        "the border's colour; for pictures of which a crop would lose something, such as digits and scans",
+    )
     flags.switch("--ThreeAugment", "3-Augment instead of --aa: one of grey, solarized, blurred")
     flags.switch("--src", "with --ThreeAugment: simple random crop")
     flags.value("--reprob", float, 0.25, "probability of random erasing")
@@ -350,6 +356,9 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _check_training(args: argparse.Namespace) -> None:
+    for dest in ("ThreeAugment", "src"):
+        if args.affine and getattr(args, dest):
+            raise UsageError(f"--affine and --{dest} move or crop pictures each in its own way; choose one of them.")
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and args.batch_size % 2:
         raise UsageError(f"Mixup and cutmix mix pictures in pairs: --batch-size {args.batch_size} must be even.")

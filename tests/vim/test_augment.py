@@ -1,4 +1,4 @@
-"""3-Augment: what each change does to known pictures, and how often it is made."""
+"""Random changes of training pictures: what each does to known pictures, and how often it is made."""
 
 import argparse
 import pickle
@@ -10,10 +10,19 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from augment import GaussianBlur, Solarization, _Cover, gray_scale, horizontal_flip, new_data_aug_generator
+from augment import (
+    GaussianBlur,
+    RandomMove,
+    Solarization,
+    _Cover,
+    border_colour,
+    gray_scale,
+    horizontal_flip,
+    new_data_aug_generator,
+)
 from datasets import build_transform
 from flags import get_args_parser
-from pictures import IMAGENET_MEAN, IMAGENET_STD
+from pictures import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 from training_data import training_transform
 
 COLOUR = (200, 100, 50)
@@ -190,6 +199,152 @@ def test_the_same_seeds_give_the_same_picture_and_workers_can_have_it(src):
 def test_no_size(input_size):
     with pytest.raises(ValueError, match="at least 1 pixel"):
         new_data_aug_generator(settings(input_size=input_size))
+
+
+# --- --affine ---------------------------------------------------------------------------------------------------------
+
+# What changes a picture beside the move, each with the words that leave it out.
+OTHERS = {"--hflip": 0, "--color-jitter": 0, "--aa": "none", "--reprob": 0}
+
+
+def moving(**others) -> transforms.Compose:
+    """The training transform with --affine; of the other changes only those that are named, as in hflip=1."""
+    words = ["--affine"]
+    for flag, value in (OTHERS | {f"--{name.replace('_', '-')}": value for name, value in others.items()}).items():
+        words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return training_transform(get_args_parser().parse_args(words))
+
+
+def framed(frame=(250, 240, 230), size=(40, 30)) -> Image.Image:
+    """A dark disc, 12 pixels wide, in the middle of paper of the colour `frame`."""
+    rows, columns = np.indices(size[::-1])
+    disc = (rows - (size[1] - 1) / 2) ** 2 + (columns - (size[0] - 1) / 2) ** 2 <= 36
+    return Image.fromarray(np.where(disc[..., None], 20, np.array(frame)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", [(7, 5), (6, 4), (1, 9), (1, 1)])
+def test_border_colour_is_the_median_of_the_outermost_pixels(size):
+    values = np.asarray(noise(size))
+    inside = np.zeros(values.shape[:2], bool)
+    inside[1:-1, 1:-1] = True
+    colour = border_colour(Image.fromarray(np.where(inside[..., None], 0, values).astype(np.uint8)))
+    assert colour == border_colour(Image.fromarray(np.where(inside[..., None], 255, values).astype(np.uint8)))
+    assert all(isinstance(value, int) and 0 <= value <= 255 for value in colour)
+    assert border_colour(framed()) == (250, 240, 230)
+
+
+def test_a_speck_on_the_border_does_not_change_its_colour():
+    picture = framed()
+    picture.paste((0, 0, 0), (3, 0, 9, 2))
+    assert border_colour(picture) == (250, 240, 230)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
+@pytest.mark.parametrize("picture", [plain(size=(33, 20)), plain((0, 255, 0), (1, 5))])
+def test_what_comes_in_has_the_colour_of_the_border(interpolation, picture):
+    move = RandomMove(interpolation)
+    for _ in range(20):
+        assert np.array_equal(np.asarray(move(picture)), np.asarray(picture))
+
+
+def test_a_moved_picture_loses_nothing_and_differs_each_time():
+    """The disc takes 12 of 40 x 30 pixels; no move brings a part of it over the border."""
+    move, picture = RandomMove(), framed()
+    moved = [np.asarray(move(picture)) for _ in range(100)]
+    assert all(values.shape == (30, 40, 3) for values in moved)
+    assert len({values.tobytes() for values in moved}) == 100
+    before = (np.asarray(picture)[..., 0] < 135).sum()
+    areas = [(values[..., 0] < 135).sum() / before for values in moved]
+    assert 0.85**2 * 0.9 < min(areas) < 0.85
+    assert 1.15 < max(areas) < 1.15**2 * 1.1
+    centres = np.array([np.argwhere(values[..., 0] < 135).mean(0) - [14.5, 19.5] for values in moved])
+    for offsets, side in zip(centres.T, (30, 40), strict=True):
+        assert 0.06 * side < abs(offsets).max() < 0.1 * side + 1.5
+        assert abs(offsets.mean()) < 0.03 * side
+
+
+def test_a_moved_line_is_turned_and_slanted_within_the_limits():
+    """The angle of an upright line is that of the turn less the slant's: 24 degrees at most, a level one's 12."""
+    angles = {}
+    for upright in (False, True):
+        values = np.full((101, 101, 3), 255, np.uint8)
+        values[(slice(15, 86), 50) if upright else (50, slice(15, 86))] = 0
+        found = []
+        for _ in range(150):
+            rows, columns = np.nonzero(np.asarray(RandomMove()(Image.fromarray(values)))[..., 0] < 128)
+            along, across = (rows, columns) if upright else (columns, rows)
+            found.append(abs(np.degrees(np.arctan(np.polyfit(along, across, 1)[0]))))
+        angles[upright] = max(found)
+    assert 10 < angles[False] < 12.6
+    assert 16 < angles[True] < 24.6
+
+
+@pytest.mark.parametrize("size", [(40, 30), (31, 57), (9, 90)])
+@pytest.mark.parametrize("input_size", [24, 48, (24, 40), (40, 24)])
+def test_a_moved_picture_is_cropped_as_in_evaluation(size, input_size, monkeypatch):
+    monkeypatch.setattr(RandomMove, "__call__", lambda self, picture: picture)
+    for ratio in (0.875, 1.0):
+        transform = moving(input_size=input_size, eval_crop_ratio=ratio)
+        assert torch.equal(transform(noise(size)), eval_transform(input_size, ratio)(noise(size)))
+
+
+@pytest.mark.parametrize("input_size", [16, (24, 40), (40, 24), 48])
+def test_a_moved_input_is_in_the_range_of_any_other(input_size):
+    transform = moving(input_size=input_size, hflip=0.5, color_jitter=0.3, aa="rand-m9-mstd0.5-inc1")
+    expected = (3, *([input_size] * 2 if isinstance(input_size, int) else input_size))
+    for size in ((30, 20), (20, 90), (1, 1), (64, 64)):
+        image = transform(noise(size))
+        assert (tuple(image.shape), image.dtype) == (expected, torch.float32)
+        assert values_of(image).min() >= 0
+        assert values_of(image).max() <= 255
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
+def test_the_same_seeds_give_the_same_move_and_workers_can_have_it(interpolation):
+    transform = moving(input_size=24, train_interpolation=interpolation)
+
+    def draw(seed, own=transform) -> torch.Tensor:
+        random.seed(seed)
+        torch.manual_seed(seed)
+        return own(noise())
+
+    again = pickle.loads(pickle.dumps(transform))
+    assert all(torch.equal(draw(seed), draw(seed, again)) for seed in range(5))
+    assert not torch.equal(draw(0), draw(1))
+    assert "RandomMove" in repr(transform)
+    assert "Crop" not in repr(transform)
+
+
+def test_the_interpolation_is_that_of_the_flag():
+    drawn = {}
+    for name in ("bilinear", "bicubic", "random"):
+        drawn[name] = set()
+        for seed in range(12):
+            random.seed(seed)
+            torch.manual_seed(0)
+            drawn[name].add(moving(input_size=24, train_interpolation=name)(noise()).numpy().tobytes())
+    assert len(drawn["bilinear"]) == len(drawn["bicubic"]) == 1
+    assert drawn["bilinear"] != drawn["bicubic"]
+    assert drawn["random"] == drawn["bilinear"] | drawn["bicubic"]
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ({"hflip": 1.0}, lambda still, image: torch.equal(image, still.flip(-1))),
+        ({"color_jitter": 0.4}, lambda still, image: not torch.equal(image, still)),
+        ({"aa": "rand-m9-n3"}, lambda still, image: not torch.equal(image, still)),
+        ({"reprob": 1.0, "remode": "const"}, lambda still, image: bool((image == 0).any())),
+        ({"reprob": 1.0, "remode": "rand", "recount": 3}, lambda still, image: not torch.equal(image, still)),
+    ],
+    ids=str,
+)
+def test_other_changes_are_made_after_the_move(words, change, monkeypatch):
+    monkeypatch.setattr(RandomMove, "__call__", lambda self, picture: picture)
+    still = eval_transform((24, 32))(noise())
+    assert torch.equal(moving(input_size=(24, 32))(noise()), still)
+    torch.manual_seed(1)
+    assert change(still, moving(input_size=(24, 32), **words)(noise()))
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5", "original", "v0", "augmix-m5"])

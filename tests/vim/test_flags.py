@@ -84,6 +84,7 @@ SWITCHES = [
     "--bce-loss",
     "--unscale-lr",
     "--model-ema-force-cpu",
+    "--affine",
     "--ThreeAugment",
     "--src",
     "--resplit",
@@ -179,3 +180,12 @@ def test_input_size_is_one_number_or_two(capsys):
 def test_value_out_of_range_is_refused(words):
     with pytest.raises(UsageError, match=f"{words[0]} must .*{words[-1]}"):
         check(get_args_parser().parse_args(words))
+
+
+@pytest.mark.parametrize("other", ["--ThreeAugment", "--src"])
+def test_two_ways_to_crop_are_refused(other):
+    with pytest.raises(UsageError, match=rf"^--affine and {other} .*\.$"):
+        check(get_args_parser().parse_args(["--affine", other]))
+    check(get_args_parser().parse_args([other]))
+    check(get_args_parser().parse_args(["--affine"]))
+    check(get_args_parser().parse_args(["--affine", other, "--eval"]))

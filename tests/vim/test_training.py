@@ -218,6 +218,8 @@ FLAGS = [
     ("--no-train-mode",),
     ("--if_random_token_rank",),
     ("--if_random_cls_token_position",),
+    ("--affine",),
+    ("--affine", "--aa", "none", "--input-size", "32", "48"),
     ("--ThreeAugment",),
     ("--ThreeAugment", "--src", "--color-jitter", "0"),
     ("--use-checkpoint",),

@@ -176,6 +176,11 @@ def test_transforms_are_those_of_training_and_of_evaluation(tmp_path):
     assert data.train[0][0].shape == (3, 48, 48)
     with Image.open(data.val.samples[0][0]) as picture:
         assert torch.equal(data.val[0][0], eval_transform(48, 1.0)(picture.convert("RGB")))
+    moved = open_training_data(parse(tmp_path, "--input-size", 48, "--affine"))
+    assert "RandomMove" in repr(moved.train.transform)
+    assert "RandAugment" in repr(moved.train.transform)
+    assert moved.train[0][0].shape == (3, 48, 48)
+    assert repr(moved.val.transform) == repr(eval_transform(48))
     args.ThreeAugment = True
     three = open_training_data(args)
     assert "Solarization" in repr(three.train.transform)
