@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Make the digits, train the small Vim on them and test it, end to end: python reproduce.py RUN
 
-RUN/data gets the pictures, RUN the checkpoint and the curves; see README.md for what the numbers should be.
+RUN/data gets the pictures, RUN/training the checkpoints and the curves, RUN the weights; see README.md for what the
+numbers should be.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -16,21 +18,29 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 VIM = HERE.parents[1] / "vim"
 MODEL = "vim_pico_patch4_32"
+RECIPE = (
+    *("--device", "cpu", "--num_workers", "1", "--epochs", "80", "--batch-size", "32"),
+    *("--lr", "1.5e-3", "--unscale-lr", "--warmup-epochs", "2", "--warmup-lr", "1.5e-4", "--cooldown-epochs", "0"),
+    *("--affine", "--aa", "none", "--hflip", "0", "--color-jitter", "0", "--reprob", "0"),
+    *("--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--clip-grad", "1"),
+    *("--model-ema-decay", "0.99", "--mend", "ema-best", "lr-lag"),
+)
 
 
 def commands(run_folder: Path, training: Sequence[str] = ()) -> list[list[str]]:
-    """Return the command lines of the recipe, in order: make, train, test, and name the samples.
+    """Return the command lines of the recipe, in order: make, train, write the weights, test, and name the samples.
 
     Args:
-        training: further arguments of train.py.
+        training: further arguments of the training.
     """
-    data, samples, checkpoint = run_folder / "data", run_folder / "samples", run_folder / "vim_pico_digits.safetensors"
-    evaluation = ("--eval", "--resume", checkpoint, "--model", MODEL, "--device", "cpu")
+    data, samples, trained = run_folder / "data", run_folder / "samples", run_folder / "training"
+    weights = run_folder / "vim_pico_digits.safetensors"
     steps: list[list[str | Path]] = [
         [HERE / "make_dataset.py", data, "--samples", samples],
-        [HERE / "train.py", "--data-path", data, "--output-dir", run_folder, *training],
-        [VIM / "main.py", *evaluation, "--data-path", data / "held_out"],
-        [VIM / "infer_rpi.py", "--image", samples, "--checkpoint", checkpoint, "--topk", "1"],
+        [VIM / "main.py", "--model", MODEL, "--data-path", data, "--output_dir", trained, *RECIPE, *training],
+        [HERE / "save_weights.py", trained / "best_checkpoint.pth", weights],
+        [VIM / "main.py", "--eval", "--resume", weights, "--device", "cpu", "--data-path", data / "held_out"],
+        [VIM / "infer_rpi.py", "--image", samples, "--checkpoint", weights, "--topk", "1"],
     ]
     return [[sys.executable, *map(str, step)] for step in steps]
 
@@ -39,13 +49,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the recipe; return 0, or the exit code of the step that failed, which has said why."""
     parser = argparse.ArgumentParser(
         description="Make the digits, train the small Vim on them and test it.",
-        epilog="Everything else (--epochs N, --threads N ...) goes to train.py.",
+        epilog="Everything else (--epochs N, --auto-resume ...) goes to the training, after the recipe.",
     )
     parser.add_argument("run_folder", type=Path, help="new folder for the pictures and the results")
     args, training = parser.parse_known_args(arguments)
+    # The model is too small for several threads to be of use; the training has a process beside it for the pictures.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
     for command in commands(args.run_folder, training):
         print("$ " + shlex.join(["python", *command[1:]]), flush=True)
-        code = subprocess.run(command, check=False).returncode
+        code = subprocess.run(command, env=environment, check=False).returncode
         if code:
             return code
     return 0
