@@ -23,13 +23,13 @@ from make_dataset import FOLDERS, LEVELS, DatasetError, load_scans, split_indice
 
 SUMS = tuple(range(19))  # of two digits
 CLASS_NAMES = tuple(f"sum_{total:02d}" for total in SUMS)
-COUNTS = {"train": 3800, "val": 380, "held_out": 950}  # pictures of all classes together
+COUNTS = {"train": 9500, "val": 380, "held_out": 950}  # pictures of all classes together
 SEEDS = {"train": 0, "val": 1, "held_out": 2}
 # Evaluation at 32 x 64 pixels resizes a picture to this, and then cuts out the middle.
 HEIGHT, WIDTH = 36, 73
-MARGIN_X, MARGIN_Y = 5, 3  # pixels that are left to clutter on each side
-SIDES = 22, 28  # pixels of a digit, least and most
-TURN = 15  # degrees to either side, at most
+MARGIN_X, MARGIN_Y = 7, 4  # pixels that are left to clutter on each side
+SIDES = 22, 26  # pixels of a digit, least and most
+TURN = 10  # degrees to either side, at most
 STROKES = 2, 5  # lines across a picture, fewest and most
 
 

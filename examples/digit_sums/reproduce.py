@@ -20,10 +20,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 VIM, DIGITS = HERE.parents[1] / "vim", HERE.parent / "digits"
 RECIPE = (
-    *("--device", "cpu", "--num_workers", "1", "--input-size", "32", "64", "--epochs", "6", "--batch-size", "16"),
-    *("--lr", "1e-3", "--unscale-lr", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--clip-grad", "1"),
-    *("--ThreeAugment", "--src", "--hflip", "0", "--color-jitter", "0", "--mixup", "0", "--cutmix", "0"),
-    *("--drop-path", "0", "--model-ema-decay", "0.99", "--mend", "ema-best", "lr-lag"),
+    *("--device", "cpu", "--num_workers", "1", "--input-size", "32", "64", "--epochs", "10", "--batch-size", "32"),
+    *("--lr", "1.5e-3", "--unscale-lr", "--warmup-epochs", "1", "--warmup-lr", "5e-4", "--cooldown-epochs", "0"),
+    *("--affine", "--aa", "none", "--hflip", "0", "--color-jitter", "0", "--reprob", "0"),
+    *("--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--clip-grad", "1"),
+    *("--model-ema-decay", "0.99", "--mend", "ema-best", "lr-lag"),
 )
 POLL_SECONDS = 0.2
 

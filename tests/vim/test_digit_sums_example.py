@@ -9,10 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-
-from checkpoint import read_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "digit_sums"
@@ -20,7 +17,6 @@ sys.path[:0] = [str(EXAMPLE), str(ROOT / "examples" / "digits")]
 
 import make_dataset  # noqa: E402
 import make_sums  # noqa: E402
-import save_weights  # noqa: E402
 
 FEW = {"train": 38, "val": 19, "held_out": 19}
 
@@ -109,18 +105,6 @@ def test_samples_are_of_held_out_scans():
         assert total == digits[scans].sum()
         with Image.open(path) as picture:
             assert picture.size == (make_sums.WIDTH, make_sums.HEIGHT)
-
-
-def test_written_weights_are_the_moving_average(tmp_path, capsys):
-    weights, average = {"head.weight": torch.zeros(3, 2)}, {"head.weight": torch.ones(3, 2)}
-    contents = {"model": weights, "model_ema": average, "model_name": "vim_x", "img_size": (32, 64)}
-    save_checkpoint(tmp_path / "run.pth", {**contents, "class_names": ["a", "b", "c"]})
-    assert save_weights.run([str(tmp_path / "run.pth"), str(tmp_path / "out.safetensors")]) == 0
-    written = read_checkpoint(str(tmp_path / "out.safetensors"))
-    assert torch.equal(written.model["head.weight"], average["head.weight"])
-    assert (written.model_name, written.img_size, written.class_names) == ("vim_x", (32, 64), ["a", "b", "c"])
-    assert save_weights.run([str(tmp_path / "none.pth"), str(tmp_path / "out.safetensors")]) == 2
-    assert re.fullmatch(r"error: .*none\.pth.*\n", capsys.readouterr().err)
 
 
 def test_the_recipe_is_interrupted_goes_on_and_names_the_samples(tmp_path):
