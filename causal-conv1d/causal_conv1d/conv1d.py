@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from causal_conv1d import conv1d_native, reference
-from causal_conv1d.backend import Family
+from causal_conv1d.backend import Family, no_second_derivative, require_one_device
 
 FAMILY = Family(
     "causal_conv1d", "CAUSAL_CONV1D_FORCE_FALLBACK", "causal_conv1d", "causal-conv1d", conv1d_native.LIBRARY
@@ -64,6 +64,10 @@ def _conv1d_gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
 
 torch.library.register_autograd(
     "causal_conv1d::conv1d", _conv1d_gradients, setup_context=_save_for_backward, lib=LIBRARY
+)
+
+torch.library.register_autograd(
+    "causal_conv1d::conv1d_backward", no_second_derivative("causal_conv1d_fn"), setup_context=None, lib=LIBRARY
 )
 
 # --- PyTorch kernels ------------------------------------------------------------------------------------------------
@@ -168,6 +172,7 @@ def _check_shape(name: str, value: Tensor | None, meaning: str, shape: tuple[int
 
 
 def _check_weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    require_one_device(x=x, weight=weight, bias=bias)
     if weight.dim() != 2:
         raise ValueError(f"`weight` must have shape (d, w), got {tuple(weight.shape)}")
     _check_shape("weight", weight, "(d, w)", (x.shape[1], weight.shape[1]))

@@ -15,7 +15,7 @@ def conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, silu: bool, reverse: bool
 ) -> Tensor | None:
     """The op `causal_conv1d::conv1d`, or None for what the kernels do not do: fp64 and `seq_idx`."""
-    if seq_idx is not None or not _runs(x, weight):
+    if seq_idx is not None or not _runs(x, weight, bias):
         return None
     out = torch.empty_like(x, dtype=_activations(x))
     conv1d_into(out, x, weight, bias, silu, reverse)
@@ -34,7 +34,7 @@ def conv1d_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """The op `causal_conv1d::conv1d_backward`, or None for what the kernels do not do: fp64 and `seq_idx`."""
-    if seq_idx is not None or not _runs(x, weight):
+    if seq_idx is not None or not _runs(x, weight, bias) or dout.shape != x.shape:
         return None
     dx = torch.empty_like(x, dtype=_activations(x))
     sums = conv1d_backward_into(dx, dout, x, weight, bias, silu, reverse)
@@ -59,6 +59,8 @@ def conv1d_backward_into(
         The gradients of the taps and, in the last column, of the bias: (d, w + 1), fp32.
     """
     channels, width = weight.shape
+    if not x.numel():
+        return torch.zeros((channels, width + 1))
     sums = torch.empty((channels, width + 1))
     call = Call(dx.dtype)
     call.sequence(x).sequence(dout).sequence(dx).parameter(weight).parameter(bias).address(sums)
@@ -77,7 +79,7 @@ def conv1d_update(
 ) -> Tensor | None:
     """The op `causal_conv1d::conv1d_update`, or None for what the kernel does not do: fp64, fp16, a state of another
     dtype than x."""
-    if x.dtype not in (torch.float32, torch.bfloat16) or conv_state.dtype != x.dtype or not _runs(x, weight):
+    if x.dtype not in (torch.float32, torch.bfloat16) or conv_state.dtype != x.dtype or not _runs(x, weight, bias):
         return None
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     call = Call(x.dtype)
@@ -89,8 +91,13 @@ def conv1d_update(
     return out
 
 
-def _runs(x: Tensor, weight: Tensor) -> bool:
-    return weight.shape[1] > 0 and torch.float64 not in (x.dtype, weight.dtype)
+def _runs(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernels do it; what does not fit together is left to PyTorch, which says so."""
+    if x.dim() != 3 or weight.dim() != 2 or weight.shape[1] == 0 or weight.shape[0] != x.shape[1]:
+        return False
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return False
+    return not any(value.dtype is torch.float64 or value.is_complex() for value in (x, weight))
 
 
 def _activations(x: Tensor) -> torch.dtype:

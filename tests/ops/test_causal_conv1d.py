@@ -177,3 +177,30 @@ def test_bad_activation_is_named() -> None:
 def test_state_too_small_is_named() -> None:
     with pytest.raises(ValueError, match="at least w - 1 = 3 columns, got 2"):
         causal_conv1d_update(torch.zeros(1, 1), torch.zeros(1, 1, 2), torch.zeros(1, 4))
+
+
+def test_an_empty_batch_has_gradients_of_zero(backend: str) -> None:
+    x, weight, bias = torch.randn(0, 5, 7), torch.randn(5, 3, requires_grad=True), torch.randn(5, requires_grad=True)
+    torch.as_tensor(causal_conv1d_fn(x.requires_grad_(), weight, bias, activation="silu")).sum().backward()
+    for value in (weight, bias):
+        assert value.grad is not None
+        assert not value.grad.any()
+
+
+def test_a_complex_sequence_stays_complex() -> None:
+    x, weight = torch.ones(1, 1, 3) * 1j, torch.ones(1, 2)
+    assert torch.equal(torch.as_tensor(causal_conv1d_fn(x, weight)), torch.tensor([[[1j, 2j, 2j]]]))
+
+
+def test_a_tensor_of_another_device_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="`x` is on cpu while `weight` is on meta"):
+        causal_conv1d_fn(torch.ones(1, 1, 3), torch.ones(1, 2, device="meta"))
+
+
+def test_a_second_derivative_is_refused(backend: str) -> None:
+    x, weight = torch.randn(1, 2, 5, requires_grad=True), torch.randn(2, 3)
+    (slope,) = torch.autograd.grad(
+        torch.as_tensor(causal_conv1d_fn(x, weight, activation="silu")).sum(), x, create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="causal_conv1d_fn has no second derivative"):
+        slope.square().sum().backward()

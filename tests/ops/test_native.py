@@ -541,6 +541,69 @@ def test_gradients_of_a_whole_mixer(projection_bias: bool, threads) -> None:
         assert_close(value, reference, limit=max(2 * RELATIVE[torch.float32], 4 * relative_error(other, reference)))
 
 
+REPLACED = [
+    ("conv1d.weight", (30, 1, 4)), ("conv1d_b.weight", (32, 1, 2)), ("conv1d.bias", (2,)), ("x_proj.weight", (20, 32)),
+    ("x_proj_b.weight", (34, 32)), ("dt_proj.weight", (32, 2)), ("dt_proj.bias", (1,)), ("A_log", (1, 16)),
+    ("A_b_log", (32, 8)), ("D", (5,)), ("D_b", (1,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize(("name", "shape"), REPLACED, ids=[name for name, _ in REPLACED])
+def test_parameters_of_other_shapes_never_reach_the_kernels(name: str, shape: tuple[int, ...], trains: bool) -> None:
+    """What PyTorch makes of them counts: numbers, where each direction may have sizes of its own, or an error."""
+    block = Block(16, lambda dim: Mamba(dim, bimamba_type="v2")).eval()
+    *path, last = name.split(".")
+    owner = block.mixer.get_submodule(".".join(path))
+    setattr(owner, last, torch.nn.Parameter(torch.randn(shape)))
+    x = torch.randn(2, 33, 16)
+
+    def run() -> Tensor | None:
+        try:
+            with torch.set_grad_enabled(trains):
+                out = block(x)[0]
+                if trains:
+                    out.square().sum().backward()
+                return out
+        except (ValueError, RuntimeError, IndexError):
+            return None
+
+    found = run()
+    with use_backend("torch"):
+        expected = run()
+    assert (found is None) == (expected is None)
+    if found is not None and expected is not None:
+        assert_close(found, expected, limit=1e-5)
+
+
+def test_saved_tensors_may_come_back_in_another_layout() -> None:
+    mixer, x = Mamba(12, bimamba_type="v2"), torch.randn(2, 21, 12)
+
+    def run(*hooks: Any) -> list[Tensor]:
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            loss = mixer(x).square().sum()
+        return list(torch.autograd.grad(loss, list(mixer.parameters())))
+
+    def turned(value: Tensor) -> Tensor:
+        return value.transpose(-1, -2).contiguous() if value.dim() > 1 else value
+
+    found = run(turned, lambda value: value.transpose(-1, -2) if value.dim() > 1 else value)
+    for value, reference in zip(found, run(lambda value: value, lambda value: value), strict=True):
+        assert_close(value, reference, limit=1e-5)
+
+
+def test_hooks_on_all_modules_see_the_projections() -> None:
+    mixer, seen = Mamba(12, bimamba_type="v2"), []
+    handle = torch.nn.modules.module.register_module_full_backward_hook(
+        lambda module, *_: seen.append(type(module).__name__)
+    )
+    try:
+        mixer(torch.randn(1, 9, 12, requires_grad=True)).sum().backward()
+    finally:
+        handle.remove()
+    assert seen.count("Linear") == 2
+
+
 def test_a_changed_projection_is_called(threads) -> None:
     mixer = Mamba(12, bimamba_type="v2")
     x = torch.randn(1, 9, 12, requires_grad=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import golden
 from cases import SCAN, ScanCase
@@ -235,7 +238,7 @@ def test_exports_as_one_node() -> None:
         ({"A": torch.zeros(3, 2)}, r"`A` must have shape \(d, n\) = \(4, 2\), got \(3, 2\)"),
         ({"B": torch.zeros(2, 3, 6)}, r"`B` must have shape"),
         ({"B": torch.zeros(2, 3, 2, 6)}, "3 groups, which do not divide the 4 channels"),
-        ({"B": torch.zeros(2, 2, 2, 6)}, "same number of groups, got 2 and 1"),
+        ({"B": torch.zeros(2, 2, 2, 6), "C": torch.zeros(2, 4, 2, 6)}, "same number of groups, got 2 and 4"),
         ({"C": torch.zeros(4, 2, dtype=torch.complex64)}, "a constant `C` must be complex where A is"),
         ({"D": torch.zeros(3)}, r"`D` must have shape \(d,\) = \(4,\), got \(3,\)"),
         ({"z": torch.zeros(2, 4, 7)}, "`z` must have shape"),
@@ -252,3 +255,38 @@ def test_bad_shapes_are_named(change: dict, message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         selective_scan_fn(**(good | change))
+
+
+@pytest.mark.parametrize("one_is", ["plain", "one group"])
+@pytest.mark.parametrize("grouped", ["B", "C"])
+def test_one_group_serves_all_groups_of_the_other(backend: str, grouped: str, one_is: str) -> None:
+    many, one = torch.randn(2, 3, 5, 7), torch.randn(2, 5, 7) if one_is == "plain" else torch.randn(2, 1, 5, 7)
+    B, C = (many, one) if grouped == "B" else (one, many)
+    values = [torch.randn(2, 6, 7), torch.randn(2, 6, 7), -torch.rand(6, 5), B, C]
+
+    def run(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [value.to(dtype).requires_grad_() for value in values]
+        out = function(*leaves)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    spread = [value.double() if value.dim() == 4 else value.double()[:, None] for value in (B, C)]
+    spread = [value.expand(-1, 3, -1, -1) for value in spread]
+    expected = selective_scan_ref(*(value.double() for value in values[:3]), *spread)
+    found, reference = run(selective_scan_fn, torch.float32), run(selective_scan_ref, torch.float64)
+    assert_close(found[0], torch.as_tensor(expected), torch.float32)
+    for value, other in zip(found, reference, strict=True):
+        assert_close(value, other, limit=1e-5)
+
+
+def test_a_tensor_of_another_device_is_refused() -> None:
+    u, A, B = torch.ones(1, 2, 3), -torch.ones(2, 1, device="meta"), torch.ones(1, 1, 3)
+    with pytest.raises(RuntimeError, match="`u` is on cpu while `A` is on meta"):
+        selective_scan_fn(u, u, A, B, B)
+
+
+def test_a_second_derivative_is_refused(backend: str) -> None:
+    leaves = [torch.randn(1, 2, 4), torch.randn(1, 2, 4), -torch.rand(2, 3), torch.randn(1, 3, 4), torch.randn(1, 3, 4)]
+    leaves = [value.requires_grad_() for value in leaves]
+    (slope,) = torch.autograd.grad(torch.as_tensor(selective_scan_fn(*leaves)).sum(), leaves[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="selective_scan_fn has no second derivative"):
+        slope.square().sum().backward()

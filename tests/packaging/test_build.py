@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -311,10 +312,14 @@ def test_the_fallback_switch_removes_kernels_of_an_earlier_build(whole_source: P
     assert not stale.exists()
 
 
+# The header of an ELF file whose table of 3 sections, 64 bytes each, starts at byte 10,000.
+CUT_SHORT = struct.pack("<4sBB34xQ10xHH2x", b"\x7fELF", 2, 1, 10_000, 64, 3).ljust(5000, b"\0")
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"not a library", "cannot be loaded"), (None, "")],
-    ids=["broken", "none"],
+    [(b"not a library", "cannot be loaded"), (CUT_SHORT, "cut short"), (CUT_SHORT[:9], "cut short"), (None, "")],
+    ids=["broken", "cut", "cut in the header", "none"],
 )
 def test_a_library_that_cannot_be_loaded_is_a_reason_not_a_crash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, reason: str

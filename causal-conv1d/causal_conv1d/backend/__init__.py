@@ -190,6 +190,30 @@ class Family:
             logger.info(message)
 
 
+def require_one_device(**tensors: Any) -> None:
+    """Raise RuntimeError, naming two arguments, if these tensors (None: not given) are not all on one device.
+
+    An op would take any of them on "meta" for a question about shapes, and answer with memory that nobody filled.
+    """
+    given = [(name, value.device) for name, value in tensors.items() if value is not None]
+    for name, device in given[1:]:
+        if device != given[0][1]:
+            raise RuntimeError(
+                f"all tensors must be on one device, and `{given[0][0]}` is on {given[0][1]} while `{name}` is on "
+                f"{device}; move them with .to(...)"
+            )
+
+
+def no_second_derivative(function: str) -> Callable[..., Any]:
+    """The backward of an op that is itself a backward: refuses, where PyTorch would go on with zeros."""
+
+    def refuse(ctx: Any, *gradients: Any) -> Any:
+        definition = function.removesuffix("_fn") + "_ref"
+        raise NotImplementedError(f"{function} has no second derivative; differentiate {definition} twice instead")
+
+    return refuse
+
+
 @cache
 def _build_notes(package: str) -> dict[str, str]:
     """What the package's set-up left out, and why: {backend: reason}. Empty when it was not built by its set-up."""

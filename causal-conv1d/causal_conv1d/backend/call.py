@@ -12,6 +12,13 @@ from causal_conv1d.backend.native import Library
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1}  # as `Element` in platform.h
 
 
+def pointer(value: Tensor) -> int:
+    """Where the elements are. Raises RuntimeError if that is not this machine's memory."""
+    if not value.is_cpu:
+        raise RuntimeError(f"expected all tensors on one device, but found one on cpu and one on {value.device}")
+    return value.data_ptr()
+
+
 class Call:
     """Collects integers for a kernel, and keeps what they point to alive until it ran.
 
@@ -43,7 +50,7 @@ class Call:
 
     def address(self, value: Tensor | None) -> Call:
         """Where a tensor's elements are; 0 for none. The caller keeps it alive."""
-        self._values.append(0 if value is None else value.data_ptr())
+        self._values.append(0 if value is None else pointer(value))
         return self
 
     def sequence(self, value: Tensor | None) -> Call:
@@ -51,7 +58,7 @@ class Call:
         if value is None:
             return self.integers(0, 0, 0, 0)
         converted = self.converted(value)
-        self._values += (converted.data_ptr(), *converted.stride())
+        self._values += (pointer(converted), *converted.stride())
         return self
 
     def parameter(self, value: Tensor | None) -> Call:

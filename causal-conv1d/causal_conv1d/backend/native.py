@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import struct
 from array import array
 from functools import cache
 from pathlib import Path
@@ -45,6 +46,8 @@ class Library:
 
     def _open(self, path: Path) -> str | None:
         """Load the library; why it cannot be used, None if it can."""
+        if _is_cut_short(path):
+            return f"{path.name} is cut short, which a new installation mends"
         try:
             self._library = ctypes.CDLL(str(path))
             abi, name = self._library.native_abi, self._library.native_instruction_set
@@ -69,6 +72,20 @@ class Library:
         if code:
             error = MemoryError if code == 2 else RuntimeError
             raise error(f"the native kernel {kernel} {FAILURES.get(code, f'failed with code {code}')}")
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether an ELF file ends before its table of sections, which is the last thing in it: loading it would crash."""
+    with open(path, "rb") as file:
+        header = file.read(64)
+    if header[:5] != b"\x7fELF\x02":  # of 64 bits
+        return False
+    if len(header) < 64:
+        return True
+    order = "<" if header[5] == 1 else ">"
+    (start,) = struct.unpack_from(f"{order}Q", header, 40)
+    size, count = struct.unpack_from(f"{order}HH", header, 58)
+    return path.stat().st_size < start + size * count
 
 
 @cache

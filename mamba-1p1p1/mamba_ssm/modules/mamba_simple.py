@@ -15,7 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from causal_conv1d.backend.machine import has_fast_bf16
@@ -461,7 +466,9 @@ def _plain_parameters(block: nn.Module, dtype: torch.dtype) -> tuple[Tensor | No
 
 def _is_plain_linear(module: nn.Module) -> bool:
     """Whether calling it gives its product and nothing else."""
-    if _global_forward_hooks or _global_forward_pre_hooks or type(module) is not nn.Linear:
+    if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
+        return False
+    if type(module) is not nn.Linear:
         return False
     return not (_is_altered(module) or module._backward_hooks or module._backward_pre_hooks)
 

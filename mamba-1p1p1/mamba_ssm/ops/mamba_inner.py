@@ -248,7 +248,7 @@ def bidirectional_inner(
     arguments = (*forward, *backward)
     if not _needs_gradient(xz, *arguments):
         return torch.ops.mamba_ssm.bidirectional_inner(xz, *arguments, scale)
-    if _trains_at_once(xz, *arguments):
+    if xz.numel() and native.fits(xz.shape[1] // 2, arguments) and _trains_at_once(xz, *arguments):
         y: Tensor = training.BidirectionalMixer.apply(xz, scale, *NO_PROJECTIONS, *arguments)
         return y
     return _compose(xz, forward, backward, scale)
@@ -266,7 +266,9 @@ def trained_mixer(
     None where the compiled kernels do not run it, or nothing needs a gradient.
     """
     arguments = (x, *outer, *forward, *backward)
-    if not _needs_gradient(*arguments) or not _trains_at_once(*arguments):
+    if x.dim() != 3 or not x.numel() or not _needs_gradient(*arguments) or not _trains_at_once(*arguments):
+        return None
+    if outer.in_weight is None or not native.fits(outer.in_weight.shape[0] // 2, arguments[5:]):
         return None
     found: Tensor = training.BidirectionalMixer.apply(x, scale, *arguments[1:])
     return found

@@ -50,8 +50,9 @@ NO_PROJECTIONS = OuterProjections(None, None, None, None)
 
 
 def can_run(*tensors: Tensor | None) -> bool:
-    """Whether all are in fp32 on a CPU."""
-    return all(value is None or (value.dtype is torch.float32 and value.device.type == "cpu") for value in tensors)
+    """Whether all are in fp32 on a CPU, and nothing transforms them (`torch.func`)."""
+    plain = all(value is None or (value.dtype is torch.float32 and value.is_cpu) for value in tensors)
+    return plain and not torch._C._are_functorch_transforms_active()
 
 
 class BidirectionalMixer(torch.autograd.Function):
@@ -79,7 +80,7 @@ class BidirectionalMixer(torch.autograd.Function):
         """The gradients of x and of every parameter."""
         xz, x, y, projected, states, *parameters = ctx.saved_tensors
         outer, inner = OuterProjections(*parameters[:4]), parameters[4:]
-        kept, around = Kept(projected, states), NO_PROJECTIONS
+        kept, around = Kept(projected.contiguous(), states), NO_PROJECTIONS
         if outer.in_weight is None or outer.out_weight is None:
             dx, gradients = backward(dout, xz, kept, inner, ctx.scale)
         else:

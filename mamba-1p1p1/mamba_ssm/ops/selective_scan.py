@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from causal_conv1d.backend import Family
+from causal_conv1d.backend import Family, no_second_derivative, require_one_device
 from mamba_ssm.ops import reference
 from mamba_ssm.ops import selective_scan_native as native
 from mamba_ssm.ops import selective_scan_torch as kernels
@@ -126,6 +126,9 @@ def _two_gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
 
 torch.library.register_autograd("mamba_ssm::selective_scan", _one_gradients, setup_context=_save_one, lib=LIBRARY)
 torch.library.register_autograd("mamba_ssm::bidirectional_scan", _two_gradients, setup_context=_save_two, lib=LIBRARY)
+for backward in ("selective_scan_backward", "bidirectional_scan_backward"):
+    refuse = no_second_derivative("selective_scan_fn")
+    torch.library.register_autograd(f"mamba_ssm::{backward}", refuse, setup_context=None, lib=LIBRARY)
 
 # --- PyTorch kernels ------------------------------------------------------------------------------------------------
 
@@ -242,7 +245,12 @@ def check_scan(
     z: Tensor | None,
     delta_bias: Tensor | None,
 ) -> None:
-    """Raise ValueError, naming the argument and what it got, if the arguments of a scan do not fit together."""
+    """Raise ValueError, naming the argument and what it got, if the arguments of a scan do not fit together.
+
+    Raises:
+        RuntimeError: they are on several devices.
+    """
+    require_one_device(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     if u.dim() != 3 or 0 in u.shape:
         raise ValueError(f"`u` must have shape (b, d, l) without empty axes, got {tuple(u.shape)}")
     channels = u.shape[1]
@@ -255,12 +263,17 @@ def check_scan(
     _check("delta_bias", delta_bias, "(d,)", (channels,))
     for name, value in (("B", B), ("C", C)):
         _check_projection(name, value, u, A)
-    if B.dim() == 4 and C.dim() == 4 and B.shape[1] != C.shape[1]:
+    if B.dim() == 4 and C.dim() == 4 and B.shape[1] != C.shape[1] and 1 not in (B.shape[1], C.shape[1]):
         raise ValueError(f"`B` and `C` must have the same number of groups, got {B.shape[1]} and {C.shape[1]}")
 
 
-def _grouped(value: Tensor) -> Tensor:
-    return value[:, None] if value.dim() == 3 else value
+def _grouped(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Varying ones as (b, g, n, l), of as many groups: what has one group serves all those of the other."""
+    B, C = (value[:, None] if value.dim() == 3 else value for value in (B, C))
+    if B.dim() == C.dim() == 4 and B.shape[1] != C.shape[1]:
+        groups = max(B.shape[1], C.shape[1])
+        B, C = (value.expand(-1, groups, -1, -1) for value in (B, C))
+    return B, C
 
 
 def _keeps_states(*arguments: Tensor | None) -> bool:
@@ -306,7 +319,7 @@ def selective_scan_fn(
     """
     check_scan(u, delta, A, B, C, D, z, delta_bias)
     out, last_state, _ = torch.ops.mamba_ssm.selective_scan(
-        u, delta, A, _grouped(B), _grouped(C), D, delta_bias, z, delta_softplus, False,
+        u, delta, A, *_grouped(B, C), D, delta_bias, z, delta_softplus, False,
         _keeps_states(u, delta, A, B, C, D, z, delta_bias),
     )  # fmt: skip
     return (out, last_state) if return_last_state else out
@@ -331,7 +344,7 @@ def bidirectional_scan(
     arguments: list[Any] = []
     for u, delta, A, B, C, D, delta_bias in (forward, backward):
         check_scan(u, delta, A, B, C, D, z, delta_bias)
-        arguments += [u, delta, A, _grouped(B), _grouped(C), D, delta_bias]
+        arguments += [u, delta, A, *_grouped(B, C), D, delta_bias]
     keep = _keeps_states(*arguments, z)
     out, _ = torch.ops.mamba_ssm.bidirectional_scan(*arguments, z, delta_softplus, keep)
     return out

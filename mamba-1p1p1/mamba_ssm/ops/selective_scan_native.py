@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from causal_conv1d.backend.call import Call
+from causal_conv1d.backend.call import Call, pointer
 from causal_conv1d.backend.native import Library
 from mamba_ssm.ops.selective_scan_torch import CHUNK, Direction, Gradients
 
@@ -23,8 +23,19 @@ LIBRARY = Library("mamba_ssm")
 
 
 def runs(direction: Direction) -> bool:
-    """Whether the kernels do such a scan."""
-    return direction.dtype == torch.float32 and not direction.A.is_complex()
+    """Whether the kernels do such a scan; what does not fit together is left to PyTorch, which says so."""
+    u, A = direction.u, direction.A
+    if direction.dtype is not torch.float32 or A.is_complex() or u.dim() != 3 or A.dim() != 2:
+        return False
+    channels, states, groups = u.shape[1], A.shape[1], direction.groups
+    varying = (u.shape[0], groups, states, u.shape[2])
+    return (
+        direction.delta.shape == u.shape
+        and A.shape[0] == channels
+        and channels % groups == 0
+        and all(value.shape in ((channels, states), varying) for value in (direction.B, direction.C))
+        and all(value is None or value.shape == (channels,) for value in (direction.D, direction.delta_bias))
+    )
 
 
 def scan(
@@ -32,7 +43,7 @@ def scan(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """As `selective_scan_torch.scan_forward`, the output multiplied with `scale`."""
     first = directions[0]
-    if not all(map(runs, directions)):
+    if not all(map(runs, directions)) or not _alike(directions) or (z is not None and z.shape != first.u.shape):
         return None
     call = _call_for(directions, [z])
     batch, channels, length = first.u.shape
@@ -50,6 +61,14 @@ def scan(
         _direction(call, direction, softplus)
     call.run(LIBRARY, "selective_scan")
     return out.to(first.u.dtype), last, borders
+
+
+def _alike(directions: Sequence[Direction]) -> bool:
+    """Whether all are of the same sizes, which the kernels read of the first."""
+    first = directions[0]
+    return all(own.u.shape == first.u.shape and own.A.shape == first.A.shape for own in directions[1:]) and all(
+        own.groups == first.groups for own in directions[1:]
+    )
 
 
 def _call_for(directions: Sequence[Direction], others: Sequence[Tensor | None]) -> Call:
@@ -77,7 +96,9 @@ def scan_backward(
     softplus: bool,
 ) -> list[Tensor] | None:
     """The gradients of `scan`: of each direction's tensors, in their order, then of z; of those that were given."""
-    if not all(map(runs, directions)) or states.dtype is not torch.float32:
+    if not all(map(runs, directions)) or not _alike(directions) or states.dtype is not torch.float32:
+        return None
+    if any(value is not None and value.shape != directions[0].u.shape for value in (z, dout)):
         return None
     call = _call_for(directions, [z, dout])
     dz = None if z is None else _empty_like(z, call.dtype)
@@ -179,10 +200,10 @@ def _projection(call: Call, value: Tensor) -> None:
     """B or C: (b, g, n, l), or constant (d, n)."""
     converted = call.converted(value)
     if converted.dim() == 4:
-        call.integers(converted.data_ptr(), *converted.stride(), False)
+        call.integers(pointer(converted), *converted.stride(), False)
     else:
         channel, state = converted.stride()
-        call.integers(converted.data_ptr(), channel, 0, state, 0, True)
+        call.integers(pointer(converted), channel, 0, state, 0, True)
 
 
 PER_DIRECTION = 7  # parameters of one direction of a block
@@ -192,7 +213,32 @@ PER_BLOCK = 6 + 2 * PER_DIRECTION  # and of a block: norm, input and output proj
 def bidirectional_inner(xz: Tensor, *arguments: Any) -> Tensor | None:
     """The op `mamba_ssm::bidirectional_inner`."""
     *parameters, scale = arguments
-    return None if _any_wide(xz, *parameters) else run_inner(xz, parameters, scale)
+    if _any_wide(xz, *parameters) or not fits(xz.shape[1] // 2, parameters) or xz.numel() == 0:
+        return None
+    return run_inner(xz, parameters, scale)
+
+
+def fits(channels: int, parameters: Sequence[Tensor | None]) -> bool:
+    """Whether the parameters of both directions have the shapes that the kernels take them to have."""
+    first: list[Any] = list(parameters[:PER_DIRECTION])
+    taps, projection, rates = first[0], first[3], first[4]
+    if taps.dim() != 3 or projection.dim() != 2 or rates.dim() != 2:
+        return False
+    width, rank, states = taps.shape[2], projection.shape[1], rates.shape[1]
+    own = ((channels,), (rank + 2 * states, channels), (channels, rank), (channels, states), (channels,), (channels,))
+    shapes = ((channels, 1, width), *own)
+    return width > 0 and all(
+        value is None or value.shape == shape for value, shape in zip(parameters, shapes * 2, strict=True)
+    )
+
+
+def _block_fits(features: int, channels: int, parameters: Sequence[Tensor | None]) -> bool:
+    """The same for a block's norm and outer projections, its first parameters, and what is between them."""
+    shapes = (
+        (features,), (features,), (2 * channels, features), (2 * channels,), (features, channels), (features,),
+    )  # fmt: skip
+    outer = all(value is None or value.shape == shape for value, shape in zip(parameters[:6], shapes, strict=True))
+    return outer and fits(channels, parameters[6:])
 
 
 def run_inner(
@@ -239,8 +285,13 @@ def bidirectional_blocks(
     out, total = torch.empty_like(x), torch.empty_like(x)
     batch, length, features = x.shape
     first: list[Any] = parameters[:PER_BLOCK]
+    channels, sizes = first[4].shape[1], (_width_and_rank(first[6:]), _states(first[6:]))
+    for start in range(0, len(parameters), PER_BLOCK):
+        own = parameters[start : start + PER_BLOCK]
+        if not _block_fits(features, channels, own) or (_width_and_rank(own[6:]), _states(own[6:])) != sizes:
+            return None
     call = Call(x.dtype)
-    call.integers(batch, first[4].shape[1], length, _states(first[6:]), 1, 2)
+    call.integers(batch, channels, length, _states(first[6:]), 1, 2)
     call.address(x).address(residual).address(out).address(total).integers(features).number(eps).integers(rms)
     call.number(scale).integers(*_width_and_rank(first[6:]), len(parameters) // PER_BLOCK)
     for start in range(0, len(parameters), PER_BLOCK):
