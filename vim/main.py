@@ -27,6 +27,11 @@ try:
     from model_setup import build_model, input_shape, patch_grid, pick_device, read_checkpoint_for
     from samplers import ShardSampler
     from training import Stopped, train
+except KeyboardInterrupt:
+    if __name__ != "__main__":
+        raise
+    print("error: stopped before it began.", file=sys.stderr)
+    sys.exit(130)
 except ImportError as error:
     if __name__ != "__main__":
         raise
