@@ -273,9 +273,9 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Callable[[Any],
     """Return what turns an RGB picture into the (3, height, width) fp32 input of the model.
 
     Args:
-        is_train: timm's augmentation by `args` (pictures of up to 32 pixels: a random crop with a margin of
-            4 instead of a random part; with `affine`, a small random move and then evaluation's own crop instead
-            of either); else the same as inference does.
+        is_train: timm's augmentation by `args` (pictures of up to 32 pixels: a random crop with a margin of 4,
+            or of what they lack, instead of a random part; with `affine`, a small random move and then
+            evaluation's own crop instead of either); else the same as inference does.
         args: input_size (pixels, or a (height, width) pair), eval_crop_ratio; for training also affine,
             color_jitter, aa, hflip, train_interpolation, reprob, remode, recount.
     """
@@ -300,5 +300,5 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Callable[[Any],
         crop = eval_transform(args.input_size, args.eval_crop_ratio).crop
         steps.transforms[:1] = [RandomMove(args.train_interpolation), crop]
     elif isinstance(args.input_size, int) and args.input_size <= 32:
-        steps.transforms[0] = transforms.RandomCrop(args.input_size, padding=4)
+        steps.transforms[0] = transforms.RandomCrop(args.input_size, padding=4, pad_if_needed=True)
     return steps

@@ -25,6 +25,7 @@ from datasets import (
 from flags import get_args_parser
 from labels import imagenet_wnids
 from pictures import eval_transform
+from training_data import training_transform
 
 
 def write_picture(path, shade=0, size=(40, 36)):
@@ -193,6 +194,13 @@ def test_training_transform_crops_to_the_input_size(size):
     assert any("RandAugment" in repr(step) for step in transform.transforms)
     first = type(transform.transforms[0]).__name__
     assert first == ("RandomCrop" if size <= 32 else "RandomResizedCropAndInterpolation")
+
+
+@pytest.mark.parametrize("words", ["", "--affine", "--ThreeAugment", "--ThreeAugment --src"])
+@pytest.mark.parametrize("size", [(1, 1), (20, 20), (1, 40), (40, 2)])
+def test_pictures_smaller_than_the_input_can_be_trained_on(words, size):
+    transform = training_transform(parse("--input-size", 32, *words.split()))
+    assert all(transform(Image.new("RGB", size, (9, 200, 3))).shape == (3, 32, 32) for _ in range(20))
 
 
 def test_eval_transform_follows_size_and_crop_ratio():
