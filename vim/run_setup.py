@@ -236,7 +236,8 @@ def _make_criterion(args: argparse.Namespace, num_classes: int, mixed: bool, dev
         if not args.teacher_path:
             raise UsageError("Distillation needs the teacher's weights: give them with --teacher-path.")
         checkpoint = read_checkpoint_for(args.teacher_model, args.teacher_path)
-        teacher = build_model(args.teacher_model, num_classes, args.input_size, seed=args.seed, global_pool="avg")
+        pooling = {"global_pool": "avg"} if "fc_norm.weight" in checkpoint.model else {}  # else the model's own
+        teacher = build_model(args.teacher_model, num_classes, args.input_size, seed=args.seed, **pooling)
         load_weights(teacher, checkpoint.model, source_grid=patch_grid(teacher, checkpoint.img_size))
         teacher.to(device)
     return DistillationLoss(criterion, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)

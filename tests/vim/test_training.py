@@ -267,6 +267,21 @@ def test_distillation(data, tmp_path, capsys, kind):
     assert code == 0, errors
 
 
+@pytest.mark.parametrize("pooling", [{}, {"global_pool": "avg"}, {"global_pool": "token"}])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t"])
+def test_a_teacher_pools_as_its_weights_were_made_for(data, tmp_path, name, pooling):
+    if name == "resnet10t" and pooling:
+        pytest.skip("convolutions have one way to pool")
+    torch.manual_seed(1)
+    teacher = timm.create_model(name, num_classes=3, **pooling).eval()
+    save_checkpoint(tmp_path / "teacher.pth", {"model": teacher.state_dict()})
+    words = ("--teacher-model", name, "--teacher-path", tmp_path / "teacher.pth", "--input-size", "224")
+    own = prepared(data, *words, "--distillation-type", "hard").criterion.teacher_model
+    pictures = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(own(pictures), teacher(pictures))
+
+
 def test_finetuning_upstreams_checkpoint(data, tmp_path, capsys):
     """Another class count, another size; a Namespace inside, as upstream saves it."""
     import argparse
