@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -287,7 +288,7 @@ def _add_mixing_flags(parser: argparse.ArgumentParser) -> None:
     flags.values("--cutmix-minmax", "smallest and largest part that cutmix replaces, instead of its alpha")
     flags.value("--mixup-prob", float, 1.0, "probability that a batch is mixed")
     flags.value("--mixup-switch-prob", float, 0.5, "probability of cutmix where both are on")
-    flags.value("--mixup-mode", str, "batch", "what shares one mixing ratio: batch, pair or elem")
+    flags.value("--mixup-mode", str, "batch", "what shares one mixing ratio", choices=("batch", "pair", "elem"))
 
 
 def _add_distillation_flags(parser: argparse.ArgumentParser) -> None:
@@ -325,6 +326,30 @@ def _add_process_flags(parser: argparse.ArgumentParser) -> None:
     flags.value("--local-rank", int, 0, "number of the process on its machine")
 
 
+_LARGEST = 1e30  # with room for what an optimizer makes of it in fp32
+
+# What the numbers of a setting must do, in words and as a test; those that are None are not looked at.
+_RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "batch_size val_batch_size input_size epochs log_interval save_every recount": (
+        "be at least 1",
+        lambda number: number >= 1,
+    ),
+    "num_workers start_epoch mixup cutmix lr_noise lr_noise_std warmup_lr min_lr weight_decay momentum color_jitter "
+    "warmup_epochs cooldown_epochs patience_epochs": ("be at least 0", lambda number: number >= 0),
+    "lr opt_eps distillation_tau clip_grad lr_noise_pct decay_epochs decay_rate": (
+        "be above 0",
+        lambda number: number > 0,
+    ),
+    "drop drop_path hflip reprob mixup_prob mixup_switch_prob distillation_alpha cutmix_minmax": (
+        "lie between 0 and 1",
+        lambda number: 0 <= number <= 1,
+    ),
+    "smoothing model_ema_decay opt_betas": ("be at least 0 and below 1", lambda number: 0 <= number < 1),
+    "eval_crop_ratio": (f"be above 0 (from {LEAST_CROP_RATIO} on)", lambda number: number >= LEAST_CROP_RATIO),
+    "lr weight_decay": (f"be at most {_LARGEST:g}", lambda number: number <= _LARGEST),
+}
+
+
 def check(args: argparse.Namespace) -> None:
     """Refuse settings that no run can use, before anything is read; fill in --val-batch-size.
 
@@ -333,29 +358,34 @@ def check(args: argparse.Namespace) -> None:
     """
     if args.val_batch_size is None:
         args.val_batch_size = args.batch_size
-    least = {"batch_size": 1, "val_batch_size": 1, "input_size": 1, "num_workers": 0, "epochs": 1, "log_interval": 1}
-    least |= {"save_every": 1, "start_epoch": 0}
-    for dest, lowest in least.items():
-        value = getattr(args, dest)
-        for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and number < lowest:
-                raise UsageError(f"{_spelling(dest)} must be at least {lowest}, got {number}.")
-    shares = ("drop", "drop_path", "smoothing", "hflip", "reprob")
-    for dest in (*shares, "mixup_prob", "mixup_switch_prob", "distillation_alpha"):
-        if not 0 <= getattr(args, dest) <= 1:
-            raise UsageError(f"{_spelling(dest)} must lie between 0 and 1, got {getattr(args, dest)}.")
-    for dest in ("lr", "opt_eps", "distillation_tau"):
-        if not 0 < getattr(args, dest) < float("inf"):
-            raise UsageError(f"{_spelling(dest)} must be above 0, got {getattr(args, dest)}.")
-    if not args.eval_crop_ratio >= LEAST_CROP_RATIO:
-        raise UsageError(f"--eval-crop-ratio must be above 0 (from {LEAST_CROP_RATIO} on), got {args.eval_crop_ratio}.")
+    _refuse_no_numbers(args)
+    for dests, (rule, holds) in _RULES.items():
+        for dest in dests.split():
+            value = getattr(args, dest)
+            for number in value if isinstance(value, tuple | list) else (value,):
+                if number is not None and not holds(number):
+                    raise UsageError(f"{_spelling(dest)} must {rule}, got {number}.")
     if not -(2**63) <= args.seed < 2**63 - 2**20:
         raise UsageError(f"--seed must be a 64-bit number, got {args.seed}.")
     if not args.eval:
         _check_training(args)
 
 
+def _refuse_no_numbers(args: argparse.Namespace) -> None:
+    for dest, value in vars(args).items():
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UsageError(f"{_spelling(dest)} must be a finite number, got {number}.")
+
+
 def _check_training(args: argparse.Namespace) -> None:
+    for dest in ("lr_noise", "cutmix_minmax"):
+        ends = getattr(args, dest)
+        if ends is not None and not (len(ends) == 2 and ends[0] < ends[1]):
+            raise UsageError(f"{_spelling(dest)} must be two numbers, the smaller one first, got {_listed(ends)}.")
+    wanted = 3 if "adan" in args.opt.lower() else 2
+    if args.opt_betas is not None and len(args.opt_betas) != wanted:
+        raise UsageError(f"--opt-betas must be {wanted} numbers for --opt {args.opt}, got {_listed(args.opt_betas)}.")
     for dest in ("ThreeAugment", "src"):
         if args.affine and getattr(args, dest):
             raise UsageError(f"--affine and --{dest} move or crop pictures each in its own way; choose one of them.")
@@ -364,10 +394,10 @@ def _check_training(args: argparse.Namespace) -> None:
         raise UsageError(f"Mixup and cutmix mix pictures in pairs: --batch-size {args.batch_size} must be even.")
     if args.cosub and args.distillation_type != "none":
         raise UsageError("--cosub has a loss of its own, so it does not go with --distillation-type.")
-    if not 0 <= args.model_ema_decay < 1:
-        raise UsageError(f"--model-ema-decay must lie in 0 .. 1, got {args.model_ema_decay}.")
-    if args.clip_grad is not None and not args.clip_grad > 0:
-        raise UsageError(f"--clip-grad must be above 0, got {args.clip_grad}.")
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
 
 
 def _spelling(dest: str) -> str:

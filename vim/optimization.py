@@ -72,11 +72,16 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
         parameters = _groups_without_state_space(model, args.weight_decay)
         options["weight_decay"] = 0.0  # each group has its own
     try:
-        return create_optimizer_v2(parameters, **options)
+        optimizer: Any = create_optimizer_v2(parameters, **options)
     except (AssertionError, TypeError, ValueError, KeyError) as error:
         raise UsageError(
             f"The optimizer {args.opt!r} cannot be made: {error}; see timm.optim.list_optimizers()."
         ) from error
+    if getattr(optimizer, "is_second_order", False):
+        raise UsageError(
+            f"--opt {args.opt} needs second derivatives, which are not computed here; take one without, such as adamw."
+        )
+    return optimizer
 
 
 def _groups_without_state_space(model: Any, decay: float) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The command line of main.py: every flag, its type, its default."""
 
 import argparse
+import re
 
 import pytest
 import torch
@@ -112,6 +113,7 @@ CHOICES = {
     "--data-set": ["CIFAR", "IMNET", "INAT", "INAT19"],
     "--inat-category": ["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"],
     "--pos-embed-resize": ["middle", "upstream"],
+    "--mixup-mode": ["batch", "pair", "elem"],
 }
 
 
@@ -176,10 +178,43 @@ def test_input_size_is_one_number_or_two(capsys):
     assert "one number (a square) or two (height and width)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--hflip", "1.5"], ["--hflip", "-0.1"], ["--input-size", "32", "0"]])
-def test_value_out_of_range_is_refused(words):
-    with pytest.raises(UsageError, match=f"{words[0]} must .*{words[-1]}"):
-        check(get_args_parser().parse_args(words))
+OUT_OF_RANGE = [
+    *("--hflip 1.5", "--hflip -0.1", "--input-size 32 0", "--mixup -1", "--cutmix -0.5", "--smoothing 1"),
+    *("--min-lr -1", "--warmup-lr -1", "--weight-decay -0.1", "--momentum -1", "--color-jitter -1", "--recount 0"),
+    *("--warmup-epochs -1", "--cooldown-epochs -1", "--patience-epochs -1", "--decay-epochs 0", "--decay-rate 0"),
+    *("--lr-noise-pct 0", "--lr-noise-std -1", "--lr-noise 0.5", "--lr-noise 0.9 0.1", "--lr-noise 0.1 -1"),
+    *("--cutmix-minmax 0.2", "--cutmix-minmax 0.5 0.5", "--cutmix-minmax 0.5 1.5", "--cutmix-minmax 0.1 0.2 0.3"),
+    *("--opt-betas 0.9", "--opt-betas 0.9 1", "--opt-betas 0.9 -0.1", "--opt-betas 0.9 0.99 0.999", "--lr 1e+300"),
+    *("--eval-crop-ratio 0", "--model-ema-decay 1", "--clip-grad 0"),
+]
+
+
+@pytest.mark.parametrize("typed", OUT_OF_RANGE)
+def test_value_out_of_range_is_refused(typed):
+    flag, *words = typed.split()
+    with pytest.raises(UsageError, match=f"^{flag} must .*{re.escape(words[-1])}"):
+        check(get_args_parser().parse_args([flag, *words]))
+
+
+FLOATS = [row for row in VALUES if isinstance(row[2][0] if isinstance(row[2], list) else row[2], float)]
+
+
+@pytest.mark.parametrize("number", ["nan", "inf"])
+@pytest.mark.parametrize("row", FLOATS, ids=[row[0] for row in FLOATS])
+def test_numbers_that_are_none_are_refused(row, number):
+    flag, typed, *_ = row
+    words = [number if place == 0 else word for place, word in enumerate(typed.split())]
+    with pytest.raises(UsageError, match=rf"^{flag} must be a finite number, got {number}\.$"):
+        check(get_args_parser().parse_args([f"{flag}={words[0]}"] if len(words) == 1 else [flag, *words]))
+
+
+@pytest.mark.parametrize("row", FLOATS, ids=[row[0] for row in FLOATS])
+def test_usual_numbers_are_taken(row):
+    check(get_args_parser().parse_args([row[0], *row[1].split()]))
+
+
+def test_adan_has_three_betas():
+    check(get_args_parser().parse_args(["--opt", "adan", "--opt-betas", "0.9", "0.92", "0.99"]))
 
 
 @pytest.mark.parametrize("other", ["--ThreeAugment", "--src"])
