@@ -84,6 +84,32 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
     return optimizer
 
 
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put a saved state into an optimizer.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is not of such an optimizer, or not of these weights; torch itself would
+            find out only at the next step.
+    """
+    settings = [set(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, names in zip(optimizer.param_groups, settings, strict=True):
+        if names - set(group):
+            raise ValueError(f"it has no {', '.join(sorted(names - set(group)))}")
+        for weight in group["params"]:
+            for name, value in optimizer.state.get(weight, {}).items():
+                if isinstance(value, Tensor) and not _fits(name, value, weight):
+                    raise ValueError(f"{name} has the shape {tuple(value.shape)} for weights of {tuple(weight.shape)}")
+
+
+def _fits(name: str, value: Tensor, weight: Tensor) -> bool:
+    """Whether an optimizer may keep `value` for `weight`: all of its shape, a sum over an axis, or one number."""
+    if not value.ndim or name.endswith(("_row", "_col")):
+        return True
+    sides = zip(value.shape, weight.shape, strict=False)
+    return value.ndim == weight.ndim and all(have in (want, 1) for have, want in sides)
+
+
 def _groups_without_state_space(model: Any, decay: float) -> list[dict[str, Any]]:
     listed = model.no_weight_decay() if callable(getattr(model, "no_weight_decay", None)) else set()
     decayed: list[Tensor] = []

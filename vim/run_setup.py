@@ -20,12 +20,14 @@ from torch.utils.data import DataLoader
 
 import utils
 from checkpoint import Checkpoint, CheckpointError, load_weights
+from checkpoint_sources import first_line
 from datasets import collate_readable
 from flags import UsageError, is_given
 from losses import DistillationLoss, build_criterion
 from model_setup import build_model, patch_grid, read_checkpoint_for
 from optimization import (
     Schedule,
+    load_optimizer_state,
     make_average,
     make_optimizer,
     scaled_rate,
@@ -76,6 +78,7 @@ def prepare(args: argparse.Namespace, device: torch.device, resumed: Checkpoint 
         args.input_size = (source.img_size if source is not None else None) or _own_size(args.model)
     if resumed is not None:
         _refuse_another_draw(args, resumed)
+        _refuse_another_optimizer(args, resumed)
     data = open_training_data(args, class_names=resumed.class_names if resumed else None)
     model = _build_model(args, data.num_classes)
     if started is not None:
@@ -129,6 +132,15 @@ def _refuse_another_draw(args: argparse.Namespace, resumed: Checkpoint) -> None:
                 f"{getattr(args, dest)}: leave {flag} away, or start from its weights with --finetune."
             )
         setattr(args, dest, saved)
+
+
+def _refuse_another_optimizer(args: argparse.Namespace, resumed: Checkpoint) -> None:
+    made_with = getattr(resumed.args, "opt", None)
+    if "optimizer" in resumed.extra and isinstance(made_with, str) and made_with.lower() != args.opt.lower():
+        raise UsageError(
+            f"{resumed.source} was trained with --opt {made_with}, so it cannot go on with --opt {args.opt}: say "
+            f"--opt {made_with}, or start from its weights with --finetune."
+        )
 
 
 def _own_size(model_name: str) -> int | tuple[int, int]:
@@ -289,7 +301,7 @@ def _resume(run: Run, resumed: Checkpoint) -> None:
         print(f"note: {resumed.source} holds weights alone, so the optimizer and the schedule begin anew")
         return
     try:
-        run.optimizer.load_state_dict(extra["optimizer"])
+        load_optimizer_state(run.optimizer, extra["optimizer"])
         run.schedule.load_state_dict(extra["lr_scheduler"])
         if run.scaler is not None and isinstance(extra.get("scaler"), dict):
             run.scaler.load_state_dict(extra["scaler"])
@@ -298,7 +310,8 @@ def _resume(run: Run, resumed: Checkpoint) -> None:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
-            f"the optimizer's state in {resumed.source} is not for this run ({error}); resume with the settings "
-            "that it was trained with, or start from its weights with --finetune"
+            f"the optimizer's state in {resumed.source} is not for this run with --opt {run.args.opt} "
+            f"({first_line(error)}); resume with the settings that it was trained with, or start from its weights with "
+            "--finetune"
         ) from error
     print(f"resumed: {resumed.source}, epoch {run.position.epoch}, step {run.position.step}")

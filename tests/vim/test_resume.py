@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from training_runs import PLAIN, differences, finish, load, settings, start, write_pictures
+from training_runs import MODEL, PLAIN, differences, finish, load, settings, start, write_pictures
 
 import main
 import run_setup
@@ -146,6 +146,46 @@ def test_another_length_of_the_epoch_is_refused(data, tmp_path, capsys):
     errors = capsys.readouterr().err
     assert "2 of the 3 steps" in errors
     assert errors.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def one_epoch(data, tmp_path_factory):
+    """The command line and the checkpoint of a run of one epoch."""
+    out = tmp_path_factory.mktemp("one_epoch")
+    words = [str(word) for word in (*PLAIN, "--data-path", data)]
+    assert main.run([*words, "--epochs", "1", "--output_dir", str(out)]) == 0
+    return [*words, "--epochs", "2"], out / "checkpoint.pth"
+
+
+def refused(capsys, words) -> str:
+    """What `main.py` says in its one sentence."""
+    capsys.readouterr()
+    assert main.run([str(word) for word in words]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    return errors
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lamb"])
+@pytest.mark.parametrize("named", [True, False])
+def test_another_optimizer_is_refused(one_epoch, tmp_path, capsys, optimizer, named):
+    words, path = one_epoch
+    saved = load(path)
+    if not named:
+        del saved["args"]
+    torch.save(saved, tmp_path / "c.pth")
+    errors = refused(capsys, [*words, "--resume", tmp_path / "c.pth", "--opt", optimizer, "--model", MODEL])
+    assert f"--opt {optimizer}" in errors
+    assert ("was trained with --opt adamw" in errors) == named
+
+
+def test_an_optimizers_state_of_other_shapes_is_refused(one_epoch, tmp_path, capsys):
+    words, path = one_epoch
+    saved = load(path)
+    saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(7)
+    torch.save(saved, tmp_path / "c.pth")
+    assert "exp_avg has the shape (7,) for weights of " in refused(capsys, [*words, "--resume", tmp_path / "c.pth"])
 
 
 def last_good(tmp_path, data):
