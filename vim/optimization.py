@@ -16,6 +16,7 @@ from flags import UsageError
 
 REFERENCE_BATCH = 512  # pictures per step that --lr is meant for
 _STATE_SPACE = ("A_log", "A_b_log", "D", "D_b")
+_OF_THE_WEIGHTS_SHAPE = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg")  # of an optimizer's state
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -98,16 +99,13 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
             raise ValueError(f"it has no {', '.join(sorted(names - set(group)))}")
         for weight in group["params"]:
             for name, value in optimizer.state.get(weight, {}).items():
-                if isinstance(value, Tensor) and not _fits(name, value, weight):
+                if name in _OF_THE_WEIGHTS_SHAPE and isinstance(value, Tensor) and not _fits(value, weight):
                     raise ValueError(f"{name} has the shape {tuple(value.shape)} for weights of {tuple(weight.shape)}")
 
 
-def _fits(name: str, value: Tensor, weight: Tensor) -> bool:
-    """Whether an optimizer may keep `value` for `weight`: all of its shape, a sum over an axis, or one number."""
-    if not value.ndim or name.endswith(("_row", "_col")):
-        return True
-    sides = zip(value.shape, weight.shape, strict=False)
-    return value.ndim == weight.ndim and all(have in (want, 1) for have, want in sides)
+def _fits(value: Tensor, weight: Tensor) -> bool:
+    """Whether `value` has the shape of `weight`; NovoGrad keeps one number in its place."""
+    return not value.ndim or value.shape == weight.shape
 
 
 def _groups_without_state_space(model: Any, decay: float) -> list[dict[str, Any]]:
