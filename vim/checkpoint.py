@@ -31,6 +31,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "LoadReport",
+    "UnreadableCheckpointError",
     "load_weights",
     "read_checkpoint",
     "resize_pos_embed",
@@ -40,6 +41,14 @@ __all__ = [
 
 _WEIGHT_ENTRIES = ("model", "state_dict", "module")
 _METADATA = ("class_names", "model_name", "img_size", "epoch")
+
+
+class UnreadableCheckpointError(CheckpointError):
+    """A file that is no whole checkpoint; `fault` says what is wrong with it, the message also what to do."""
+
+    def __init__(self, fault: str, mend: str) -> None:
+        super().__init__(f"{fault}; {mend}")
+        self.fault = fault
 
 
 @dataclass
@@ -125,17 +134,18 @@ def _read_torch(path: Path, name: str) -> Any:
                 f"{name} holds a Python object ({foreign.group(1).rstrip('.')}) besides tensors and numbers, which "
                 "could run code, so it is refused: save the weights alone, or as safetensors"
             ) from error
-        raise CheckpointError(_unreadable(name, error)) from error
+        raise _unreadable(name, error) from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise CheckpointError(_unreadable(name, error)) from error
+        raise _unreadable(name, error) from error
 
 
-def _unreadable(name: str, error: BaseException) -> str:
+def _unreadable(name: str, error: BaseException) -> CheckpointError:
     if isinstance(error, PermissionError):
-        return f"{name} cannot be read: permission denied"
-    return (
+        return CheckpointError(f"{name} cannot be read: permission denied")
+    return UnreadableCheckpointError(
         f"{name} is not a checkpoint that can be read: it is truncated, of another format or (after a git clone) only "
-        "a pointer to the file; download it again"
+        "a pointer to the file",
+        "download it again",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import utils
-from checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from checkpoint import Checkpoint, CheckpointError, UnreadableCheckpointError, save_checkpoint
 from checkpoint_sources import first_line
 from datasets import DataError
 from engine import Evaluation, NonFiniteLossError, autocast_for, epoch_meters, measure, name_unreadable, train_one_epoch
@@ -83,10 +84,20 @@ def _checkpoint_to_resume(args: argparse.Namespace) -> Checkpoint | None:
         if not args.output_dir:
             raise UsageError("--auto-resume looks for checkpoint.pth in --output_dir, so it needs one.")
         latest = Path(args.output_dir) / LATEST
-        if latest.exists():
-            return read_checkpoint_for(args.model, str(latest))
+        if os.path.exists(latest):
+            return _read_latest(latest, args.model)
         print(f"note: there is no {latest} yet, so training begins")
     return read_checkpoint_for(args.model, args.resume) if args.resume else None
+
+
+def _read_latest(latest: Path, model_name: str) -> Checkpoint:
+    """Read a run's own checkpoint, which cannot be fetched from anywhere again."""
+    try:
+        return read_checkpoint_for(model_name, str(latest))
+    except UnreadableCheckpointError as error:
+        best = latest.with_name(BEST)
+        instead = f"say --resume {best} in place of --auto-resume, or " if best.exists() else ""
+        raise CheckpointError(f"{error.fault}; {instead}remove it to begin anew") from error
 
 
 # --- epochs ----------------------------------------------------------------------------------------------------------
@@ -217,7 +228,10 @@ def _save(run: Run) -> None:
 def _how_to_go_on(args: argparse.Namespace) -> str:
     if not args.output_dir:
         return "Nothing is saved, for there is no --output_dir."
-    return f"{Path(args.output_dir) / LATEST} is the last checkpoint: go on with the same command and --auto-resume."
+    latest = Path(args.output_dir) / LATEST
+    if not os.path.exists(latest):
+        return f"Nothing was saved yet, so there is no {latest} to go on from."
+    return f"{latest} is the last checkpoint: go on with the same command and --auto-resume."
 
 
 def _saved_sentence(run: Run) -> str:

@@ -205,6 +205,23 @@ def test_a_bad_loss_leaves_the_last_checkpoint(data, tmp_path, capsys, monkeypat
     assert issubclass(NonFiniteLossError, RuntimeError)
 
 
+def test_a_bad_loss_before_any_checkpoint(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_setup, "build_criterion", lambda *_: lambda scores, labels: scores.sum() * float("nan"))
+    errors = refused(capsys, [*PLAIN, "--data-path", data, "--output_dir", tmp_path])
+    assert errors.endswith(f"Nothing was saved yet, so there is no {tmp_path / 'checkpoint.pth'} to go on from.\n")
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_truncated_checkpoint_of_the_run(one_epoch, tmp_path, capsys, best):
+    words, path = one_epoch
+    (tmp_path / "checkpoint.pth").write_bytes(path.read_bytes()[:-99])
+    if best:
+        (tmp_path / "best_checkpoint.pth").write_bytes(path.read_bytes())
+    errors = refused(capsys, [*words, "--output_dir", tmp_path, "--auto-resume"])
+    assert errors.endswith("remove it to begin anew\n")
+    assert (f"--resume {tmp_path / 'best_checkpoint.pth'} in place of --auto-resume" in errors) == best
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(data, tmp_path, capsys, monkeypatch):
     words, before = last_good(tmp_path, data)
 
