@@ -9,17 +9,16 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
 from checkpoint_sources import CheckpointError, first_line
 from flags import UsageError
+from run_folder import LOG, SUMMARY, put_aside
 
 Stats = dict[str, float | int]
 
 FIRST_KEYS = ("train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters")  # as upstream
-LOG, SUMMARY = "log.txt", "summary.png"
 LONGEST_PARAMETER = 500  # characters: what every MLflow server from 1.28 on takes
 _NOT_MEASURED = ("epoch", "n_parameters")
 _NOT_ARGUMENTS = ("given",)  # what flags.py notes for itself in a Namespace
@@ -60,8 +59,8 @@ class RunRecord:
     """The written record of one training run, kept by the main process.
 
     `log.txt` has one line of JSON per epoch: the keys of `FIRST_KEYS`, then any others. A run that begins
-    anew in a folder with a log puts that one aside as log-1.txt, log-2.txt ...; one that is resumed goes on
-    in it. What TensorBoard or MLflow fail at later on is noted once and never ends the training.
+    anew in a folder with a log or checkpoints puts these aside as log-1.txt, checkpoint-1.pth ...; one that is
+    resumed goes on in them. What TensorBoard or MLflow fail at later on is noted once and never ends the training.
 
     Args:
         output_dir: folder for the record, made if need be; None: nothing is written.
@@ -80,7 +79,7 @@ class RunRecord:
             with _unwritable(self._log, UsageError):
                 self._log.parent.mkdir(parents=True, exist_ok=True)
                 if not resume:
-                    _put_aside(self._log)
+                    put_aside(self._log.parent)
                 _write_whole(self._log, _whole_lines(self._log))
         self._trackers = [start() for start in starters]
 
@@ -232,13 +231,6 @@ def _unwritable(path: Path, kind: type[UsageError] | type[CheckpointError]) -> I
         yield
     except OSError as error:
         raise kind(f"Cannot write {path}: {error.strerror or first_line(error)}.") from error
-
-
-def _put_aside(log: Path) -> None:
-    """Rename the log of another run, if there is one with something in it, to the first free log-NUMBER.txt."""
-    if log.exists() and log.stat().st_size:
-        names = (log.with_name(f"{log.stem}-{number}{log.suffix}") for number in count(1))
-        os.replace(log, next(name for name in names if not name.exists()))
 
 
 def _whole_lines(log: Path) -> list[str]:

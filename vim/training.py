@@ -25,10 +25,9 @@ from engine import Evaluation, NonFiniteLossError, autocast_for, epoch_meters, m
 from flags import UsageError
 from model_setup import input_shape, read_checkpoint_for
 from records import RunRecord
+from run_folder import BEST, LATEST
 from run_setup import Run, prepare
 from run_state import Position, gather_run_state
-
-LATEST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 
 
 class Stopped(Exception):  # noqa: N818  (nothing went wrong)

@@ -188,6 +188,21 @@ def test_an_optimizers_state_of_other_shapes_is_refused(one_epoch, tmp_path, cap
     assert "exp_avg has the shape (7,) for weights of " in refused(capsys, [*words, "--resume", tmp_path / "c.pth"])
 
 
+def test_a_new_run_keeps_the_checkpoints_of_an_earlier_one(one_epoch, tmp_path, capsys):
+    words, path = one_epoch
+    (tmp_path / "checkpoint.pth").write_bytes(path.read_bytes())
+    (tmp_path / "best_checkpoint.pth").write_bytes(b"best")
+    (tmp_path / "checkpoint-1.pth").write_bytes(b"older still")
+    words = [*words, "--epochs", "1", "--finetune", tmp_path / "checkpoint.pth", "--output_dir", tmp_path]
+    assert main.run([str(word) for word in words]) == 0
+    assert "kept as checkpoint-2.pth, best_checkpoint-2.pth; --auto-resume would have" in capsys.readouterr().out
+    assert (tmp_path / "checkpoint-1.pth").read_bytes() == b"older still"
+    assert (tmp_path / "checkpoint-2.pth").read_bytes() == path.read_bytes()
+    assert (tmp_path / "best_checkpoint-2.pth").read_bytes() == b"best"
+    assert load(tmp_path / "checkpoint.pth")["epoch"] == 0
+    assert not (tmp_path / "log-2.txt").exists()
+
+
 def last_good(tmp_path, data):
     words = [str(w) for w in (*PLAIN, "--data-path", data, "--output_dir", tmp_path)]
     assert main.run([*words, "--epochs", "1"]) == 0
