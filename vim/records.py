@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from checkpoint_sources import CheckpointError, first_line
 from flags import UsageError
-from run_folder import LOG, SUMMARY, put_aside
+from run_folder import LOG, SUMMARY, put_aside, remove_leftovers
 
 Stats = dict[str, float | int]
 
@@ -78,6 +78,7 @@ class RunRecord:
         if self._log is not None:
             with _unwritable(self._log, UsageError):
                 self._log.parent.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(self._log.parent)
                 if not resume:
                     put_aside(self._log.parent)
                 _write_whole(self._log, _whole_lines(self._log))

@@ -28,3 +28,25 @@ def put_aside(folder: Path) -> None:
 
 def _numbered(path: Path, number: int) -> Path:
     return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in `folder`, each as large as what it was to become."""
+    for name in (LOG, LATEST, BEST):
+        for path in folder.glob(f".{name}.*.tmp"):
+            number = path.name.split(".")[-2]
+            if number.isdecimal() and not _runs(int(number)):
+                path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether another process than this one has the number; this one writes nothing while it clears up."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)  # signal 0 asks alone
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -132,6 +132,16 @@ def test_a_new_run_puts_an_older_log_aside(tmp_path):
     assert [json.loads((tmp_path / f"log-{number}.txt").read_text())["epoch"] for number in (1, 2)] == [0, 1]
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_killed_processes_left_is_removed(tmp_path, resume):
+    alive = [f".checkpoint.pth.{os.getppid()}.tmp", ".checkpoint.pth.mine.tmp", ".other.txt.99999999.tmp"]
+    dead = [f".checkpoint.pth.{os.getpid()}.tmp", ".checkpoint.pth.99999999.tmp", f".log.txt.{10**30}.tmp"]
+    for name in alive + dead:
+        (tmp_path / name).write_text("half")
+    RunRecord(tmp_path, command_line(), resume=resume)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*alive, "log.txt"])
+
+
 def test_a_failed_rewrite_leaves_the_log_as_it_was(tmp_path, monkeypatch):
     record = RunRecord(tmp_path, command_line(), resume=False)
     record.epoch(numbers(0))
