@@ -163,6 +163,8 @@ def _interpret(payload: Any, name: str) -> Checkpoint:
     args = entries.pop("args", None)
     args = args if isinstance(args, argparse.Namespace) else None
     ema = entries.pop("model_ema", None)
+    if "processes" in entries:  # of a run of ours, which writes down what others may not have or mean otherwise
+        _refuse_damage(entries, args, name)
     img_size = entries.pop("img_size", getattr(args, "input_size", None))
     return Checkpoint(
         model=_checked_weights(entries.pop(key), name),
@@ -177,14 +179,41 @@ def _interpret(payload: Any, name: str) -> Checkpoint:
     )
 
 
-def _typed(kind: type, value: Any) -> Any:
+# What a run of ours writes down: in words, and as a test.
+_RUN_STATE: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "epoch": ("a number from -1 on", lambda value: _typed(int, value) is not None and value >= -1),
+    "step": ("a number from 0 on", lambda value: _typed(int, value) is not None and value >= 0),
+    "steps_per_epoch": ("a number from 1 on", lambda value: _typed(int, value) is not None and value >= 1),
+    "max_accuracy": ("a number", lambda value: _typed((int, float), value) is not None),
+    "img_size": ("one or two numbers of pixels", lambda value: _size(value) is not None),
+    "args.seed": (
+        "a 64-bit number",
+        lambda value: _typed(int, value) is not None and -(2**63) <= value < 2**63 - 2**20,
+    ),
+    "args.val_split": ("between 0 and 1", lambda value: _typed((int, float), value) is not None and 0 < value < 1),
+}
+
+
+def _refuse_damage(entries: Mapping[str, Any], args: argparse.Namespace | None, name: str) -> None:
+    found = {**entries, **{f"args.{key}": value for key, value in vars(args or argparse.Namespace()).items()}}
+    for key, (what, holds) in _RUN_STATE.items():
+        if found.get(key) is not None and not holds(found[key]):
+            raise CheckpointError(
+                f"{name} is damaged: its {key} is {str(found[key])[:40]}, not {what}; take another one"
+            )
+    step, length = found.get("step") or 0, found.get("steps_per_epoch")
+    if length is not None and step > length:
+        raise CheckpointError(f"{name} is damaged: it names step {step} of the {length} of an epoch; take another one")
+
+
+def _typed(kind: type | tuple[type, ...], value: Any) -> Any:
     return value if isinstance(value, kind) and not isinstance(value, bool) else None
 
 
 def _size(value: Any) -> int | tuple[int, int] | None:
     """Return a picture size, one number or two; None for anything else."""
     sides = value if isinstance(value, list | tuple) else [value]
-    if len(sides) not in (1, 2) or any(_typed(int, side) is None for side in sides):
+    if len(sides) not in (1, 2) or any(_typed(int, side) is None or side < 1 for side in sides):
         return None
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
@@ -204,7 +233,7 @@ def _checked_weights(weights: Mapping[str, Any], name: str) -> dict[str, Tensor]
     for key, value in weights.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(f"{name} holds a {type(value).__name__} under {key!r}, not a tensor under its name")
-        if value.is_meta or value.layout != torch.strided or value.is_complex():
+        if value.is_meta or value.is_quantized or value.layout != torch.strided or value.is_complex():
             raise CheckpointError(f"{name} holds under {key!r} a tensor that is no array of real numbers")
     prefix = "module." if all(key.startswith("module.") for key in weights) else ""
     return {key[len(prefix) :]: value for key, value in weights.items()}

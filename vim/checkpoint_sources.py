@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+_LONGEST_SHOWN = 300  # characters of a path
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -35,15 +36,16 @@ def find_file(source: str, finetuned: bool = False, cache_dir: str | None = None
     if "://" in source:
         return _download(source, cache_dir), source
     path = Path(source).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         raise CheckpointError(f"{source} is a folder: name the checkpoint file in it")
-    if path.exists():
+    if os.path.exists(path):
         return path, source
     name = source
     for prefix in _HUB_PREFIXES:
         name = name.removeprefix(prefix)
     if name == source and (not _HUB_ID.fullmatch(source) or source.lower().endswith(SUFFIXES)):
-        raise CheckpointError(f"there is no checkpoint file {source}")
+        shown = source if len(source) <= _LONGEST_SHOWN else f"{source[:_LONGEST_SHOWN]} ..."
+        raise CheckpointError(f"there is no checkpoint file {shown}")
     owner, _, rest = name.partition("/")
     repository, _, wanted = rest.partition("/")
     if not owner or not repository:

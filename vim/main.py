@@ -67,7 +67,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
     checkpoint = read_checkpoint_for(args.model, source) if source else None
     if checkpoint is not None and checkpoint.model_name and not is_given(args, "model"):
         args.model = checkpoint.model_name
-    if checkpoint is not None and checkpoint.args is not None:
+    if checkpoint is not None and "processes" in checkpoint.extra:
         for dest in ("seed", "val_split"):  # which pictures of a folder without val/ were kept for validation
             if not is_given(args, dest):
                 setattr(args, dest, getattr(checkpoint.args, dest, getattr(args, dest)))

@@ -102,7 +102,7 @@ def _check_shapes(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     if not wrong:
         return
     given = {key: tuple(state[key].shape) for key in wrong}
-    if set(wrong) <= set(_HEAD):
+    if set(wrong) <= set(_HEAD) and all(given.values()):  # a scalar counts no classes
         key = wrong[0]
         raise CheckpointError(
             f"the checkpoint has {given[key][0]} classes but the model has {own[key].shape[0]}: create the model with "

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,6 +151,39 @@ def test_a_file_without_weights(tmp_path, payload, message):
         read_checkpoint(str(tmp_path / "c.pth"))
 
 
+def test_quantized_weights_are_refused(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch means to drop them
+        torch.save({"w": torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8)}, tmp_path / "c.pth")
+        with pytest.raises(CheckpointError, match="under 'w' a tensor that is no array of real numbers"):
+            read_checkpoint(str(tmp_path / "c.pth"))
+
+
+STATE = {"processes": [], "epoch": -1, "step": 2, "steps_per_epoch": 3, "max_accuracy": 0.0, "img_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("epoch", -50), ("epoch", "q"), ("step", -3), ("step", "q"), ("step", 99), ("steps_per_epoch", 0)),
+        *(("max_accuracy", "q"), ("img_size", -4), ("args.seed", "x"), ("args.seed", 2**70), ("args.val_split", 7)),
+    ],
+)
+def test_a_damaged_state_of_a_run_is_one_sentence(tmp_path, weights, key, value):
+    args = argparse.Namespace(seed=1, val_split=0.1)
+    torch.save({"model": weights, "args": args, **STATE}, tmp_path / "c.pth")
+    assert read_checkpoint(str(tmp_path / "c.pth")).epoch == -1
+    if key.startswith("args."):
+        setattr(args, key[5:], value)
+    torch.save({"model": weights, "args": args, **STATE, key: value}, tmp_path / "c.pth")
+    with pytest.raises(
+        CheckpointError, match=rf"c\.pth is damaged: it.*{key.removeprefix('args.')}.* {str(value)[:9]}"
+    ):
+        read_checkpoint(str(tmp_path / "c.pth"))
+    torch.save({"model": weights, "args": argparse.Namespace(seed=None, val_split="validation")}, tmp_path / "c.pth")
+    read_checkpoint(str(tmp_path / "c.pth"))  # of another project
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -160,6 +194,8 @@ def test_a_file_without_weights(tmp_path, payload, message):
         ("file:///etc/hostname", "only https:// addresses"),
         ("hf-hub:just-a-name", "no Hugging Face repository: write hf-hub:OWNER/NAME"),
         (".", "is a folder: name the checkpoint file"),
+        ("x" * 5000, r"there is no checkpoint file x{300} \.\.\.$"),
+        ("x" * 5000 + ".pth", r"there is no checkpoint file x{300} \.\.\.$"),
     ],
 )
 def test_a_source_that_leads_nowhere(source, message, tmp_path, monkeypatch):
