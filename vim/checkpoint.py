@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -278,6 +280,16 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {path}: {first_line(error)}") from error
+        raise CheckpointError(f"cannot write {path}: {_why_unwritten(path, error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _why_unwritten(path: Path, error: BaseException) -> str:
+    """Say what torch, which names a line of its own source code, does not."""
+    if "inline_container" not in str(error) and getattr(error, "errno", None) != errno.ENOSPC:
+        return first_line(error)
+    reason = "the disk may be full" if isinstance(error, RuntimeError) else first_line(error)
+    with contextlib.suppress(OSError):
+        reason += f" ({shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free on it)"
+    return f"{reason}; make room or name another folder"

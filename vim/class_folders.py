@@ -17,6 +17,11 @@ def class_folders(root: Path) -> list[str]:
     Raises:
         DataError: there is no such folder, it or a class folder cannot be read, or it holds no folder.
     """
+    if os.path.isfile(root.parent):
+        raise DataError(
+            f"{str(root.parent)!r} is a file; --data-path names a folder, the one that holds {root.name}/ with one "
+            "folder of pictures per class."
+        )
     if not os.path.isdir(root.parent):
         raise DataError(
             f"The data folder {str(root.parent)!r} does not exist; --data-path names the folder that holds "

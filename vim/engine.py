@@ -205,12 +205,14 @@ def train_one_epoch(
     skip_non_finite = getattr(settings, "if_continue_inf", False)
     model.train(set_training_mode)
     meters = meters if meters is not None else epoch_meters()
-    skipped = 0
+    skipped, missed = 0, set[str]()
     every = getattr(settings, "log_interval", PRINT_EVERY)
     steps = meters.log_every(data_loader, every, f"Epoch: [{epoch}]", first_step)
     for done, (images, targets, *reasons) in enumerate(steps, first_step + 1):
-        if unreadable is not None and reasons:
-            unreadable += reasons[0]
+        if reasons:
+            missed.update(reasons[0])
+            if unreadable is not None:
+                unreadable += reasons[0]
         if len(targets):
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             if mixup_fn is not None:
@@ -236,11 +238,19 @@ def train_one_epoch(
         if after_step is not None:
             after_step(done, meters)
     if not meters.meters["lr"].count:
-        reason = f"all {skipped} steps were skipped" if skipped else "the loader yields no batch of pictures"
-        raise DataError(f"Epoch {epoch} has trained nothing: {reason}; are there fewer pictures than --batch-size?")
+        raise DataError(f"Epoch {epoch} has trained nothing: {_why_nothing(skipped, missed)}.")
     meters.synchronize_between_processes()
     print("Averaged stats:", meters)
     return {name: meter.global_avg for name, meter in meters.meters.items()}
+
+
+def _why_nothing(skipped: int, unreadable: set[str]) -> str:
+    if skipped:
+        return f"all {skipped} steps were skipped"
+    if unreadable:
+        first = min(unreadable).rstrip(".")
+        return f"not one picture of {len(unreadable)} that were tried could be read; the first: {first}"
+    return "the loader yields no batch of pictures; there may be fewer than --batch-size"
 
 
 def epoch_meters(sums: dict[str, tuple[int, float]] | None = None) -> MetricLogger:

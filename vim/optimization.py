@@ -12,6 +12,7 @@ from timm.scheduler import create_scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from checkpoint_sources import first_line
 from flags import UsageError
 
 REFERENCE_BATCH = 512  # pictures per step that --lr is meant for
@@ -136,7 +137,7 @@ class Schedule:
                 warnings.filterwarnings("ignore", "PlateauLRScheduler", FutureWarning)
                 self._scheduler, _ = create_scheduler(args, optimizer)
         except (AssertionError, ValueError, KeyError) as error:
-            raise UsageError(f"The schedule {args.sched!r} cannot be made: {str(error).rstrip('.')}.") from error
+            raise UsageError(f"The schedule {args.sched!r} cannot be made: {first_line(error)}.") from error
         if self._scheduler is None:
             raise UsageError(
                 f"There is no schedule {args.sched!r}; timm has cosine, tanh, step, multistep, plateau, poly."

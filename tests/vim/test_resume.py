@@ -237,17 +237,26 @@ def test_a_truncated_checkpoint_of_the_run(one_epoch, tmp_path, capsys, best):
     assert (f"--resume {tmp_path / 'best_checkpoint.pth'} in place of --auto-resume" in errors) == best
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(data, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device ("),
+        (RuntimeError("[enforce fail at inline_container.cc:595] . unexpected pos 64 vs 0"), "the disk may be full ("),
+    ],
+)
+def test_a_full_disk_leaves_the_last_checkpoint(data, tmp_path, capsys, monkeypatch, error, reason):
     words, before = last_good(tmp_path, data)
 
     def full(contents, path):
         path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(torch, "save", full)
     assert main.run(words) == 2
     errors = capsys.readouterr().err
-    assert "No space left on device" in errors
+    assert f"cannot write {tmp_path / 'checkpoint.pth'}: " in errors
+    assert reason in errors
+    assert errors.endswith(" MB are free on it); make room or name another folder\n")
     assert "Traceback" not in errors
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
     assert not list(tmp_path.glob(".*.tmp"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import timm
@@ -324,6 +325,18 @@ def test_unreadable_pictures_are_named(tmp_path, capsys):
     assert json.loads((tmp_path / "run/log.txt").read_text())["unreadable"] == 1
 
 
+def test_not_one_readable_picture_to_train_on(tmp_path, capsys):
+    pictures = write_pictures(tmp_path / "data")
+    for path in (pictures / "train").glob("*/*.png"):
+        path.write_bytes(b"no picture")
+    code, _, errors = run(capsys, *PLAIN, "--data-path", pictures, "--epochs", "1")
+    assert code == 2
+    assert re.search(
+        r"Epoch 0 has trained nothing: not one picture of \d+ .* could be read; the first: .*/\d\d\.png", errors
+    )
+    assert errors.count("\n") == 1
+
+
 def test_compiled(data, capsys, monkeypatch):
     compiled = []
     monkeypatch.setenv("TORCH_COMPILE", "1")
@@ -353,6 +366,7 @@ def test_compiled(data, capsys, monkeypatch):
         (("--resume", "/nowhere/x.pth"), "there is no checkpoint file /nowhere/x.pth"),
         (("--finetune", "/nowhere/x.pth"), "there is no checkpoint file /nowhere/x.pth"),
         (("--data-path", "/nowhere"), "'/nowhere'"),
+        (("--data-path", __file__), f"'{__file__}' is a file; --data-path names a folder"),
         (("--cosub", "--distillation-type", "soft"), "--cosub has a loss of its own"),
         (("--opt", "adahessian"), "--opt adahessian needs second derivatives"),
         (("--lr", "1e300"), "--lr must be at most 1e+30"),
