@@ -386,6 +386,10 @@ def _check_training(args: argparse.Namespace) -> None:
     wanted = 3 if "adan" in args.opt.lower() else 2
     if args.opt_betas is not None and len(args.opt_betas) != wanted:
         raise UsageError(f"--opt-betas must be {wanted} numbers for --opt {args.opt}, got {_listed(args.opt_betas)}.")
+    if "ema-best" in args.mend and not args.model_ema:
+        raise UsageError("--mend ema-best chooses by the moving average, which --no-model-ema leaves away; drop one.")
+    if args.teacher_path and args.distillation_type == "none":
+        raise UsageError("--teacher-path is for distillation: say also --distillation-type soft or hard.")
     for dest in ("ThreeAugment", "src"):
         if args.affine and getattr(args, dest):
             raise UsageError(f"--affine and --{dest} move or crop pictures each in its own way; choose one of them.")
@@ -394,6 +398,18 @@ def _check_training(args: argparse.Namespace) -> None:
         raise UsageError(f"Mixup and cutmix mix pictures in pairs: --batch-size {args.batch_size} must be even.")
     if args.cosub and args.distillation_type != "none":
         raise UsageError("--cosub has a loss of its own, so it does not go with --distillation-type.")
+
+
+def without_effect(args: argparse.Namespace) -> list[str]:
+    """Return what the command line asks for and does not get, as upstream's would not either: one sentence each."""
+    sentences = []
+    if args.resume and args.finetune:
+        sentences.append(f"--finetune {args.finetune} has no effect beside --resume, whose weights are taken")
+    if args.resplit and not args.eval:
+        sentences.append("--resplit has no meaning here: each picture is augmented once")
+    if args.src and not args.ThreeAugment and not args.eval:
+        sentences.append("--src has no effect without --ThreeAugment")
+    return sentences
 
 
 def _listed(numbers: Sequence[float]) -> str:

@@ -23,7 +23,7 @@ try:
     from checkpoint import Checkpoint, CheckpointError, load_weights
     from datasets import DataError, build_dataset, build_transform, collate_readable
     from engine import Evaluation, NonFiniteLossError, autocast_for, measure, name_unreadable
-    from flags import UsageError, check, get_args_parser, is_given
+    from flags import UsageError, check, get_args_parser, is_given, without_effect
     from model_setup import build_model, input_shape, patch_grid, pick_device, read_checkpoint_for
     from samplers import ShardSampler
     from training import Stopped, train
@@ -157,6 +157,8 @@ def _describe(args: argparse.Namespace, dataset: Any, model: nn.Module, num_clas
     print(f"data: {len(dataset)} pictures of {getattr(dataset, 'root', args.data_path)}")
     if getattr(dataset, "note", None):
         print(f"note: {dataset.note}")
+    for sentence in without_effect(args):
+        print(f"note: {sentence}")
     found_by = getattr(dataset, "found_by", None)
     if found_by is not None:
         print(f"classes: {len(dataset.classes)} of {num_classes} have a folder, numbered by {found_by}")

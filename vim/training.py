@@ -22,7 +22,7 @@ from checkpoint import Checkpoint, CheckpointError, UnreadableCheckpointError, s
 from checkpoint_sources import first_line
 from datasets import DataError
 from engine import Evaluation, NonFiniteLossError, autocast_for, epoch_meters, measure, name_unreadable, train_one_epoch
-from flags import UsageError
+from flags import UsageError, without_effect
 from model_setup import input_shape, read_checkpoint_for
 from records import RunRecord
 from run_folder import BEST, LATEST
@@ -312,6 +312,6 @@ def _describe(run: Run) -> None:
         f"device: {run.device}, {utils.get_world_size()} x {args.batch_size} pictures a step, "
         f"{run.batches.steps_per_epoch} steps an epoch, learning rate {args.lr:g}"
     )
-    if args.resplit:
-        print("note: --resplit has no meaning here: each picture is augmented once")
+    for sentence in without_effect(args):
+        print(f"note: {sentence}")
     print(f"versions: torch {torch.__version__}, timm {timm.__version__}")

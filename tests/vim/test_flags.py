@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from flags import UsageError, check, get_args_parser, is_given
+from flags import UsageError, check, get_args_parser, is_given, without_effect
 
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # flag, what is typed after it, the value that gives, the default (specification 5.1)
@@ -224,3 +224,36 @@ def test_two_ways_to_crop_are_refused(other):
     check(get_args_parser().parse_args([other]))
     check(get_args_parser().parse_args(["--affine"]))
     check(get_args_parser().parse_args(["--affine", other, "--eval"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--mend ema-best --no-model-ema", "^--mend ema-best chooses by .* --no-model-ema .*; drop one.$"),
+        ("--teacher-path t.pth", "^--teacher-path is for distillation: say also --distillation-type soft or hard.$"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(words, sentence):
+    args = get_args_parser().parse_args(words.split())
+    with pytest.raises(UsageError, match=sentence):
+        check(args)
+    args.eval = True
+    check(args)
+
+
+@pytest.mark.parametrize(
+    ("words", "starts"),
+    [
+        ("", []),
+        ("--src --ThreeAugment --finetune a", []),
+        ("--src", ["--src has no effect"]),
+        ("--resplit", ["--resplit has no meaning"]),
+        ("--src --resplit --eval", []),
+        ("--resume a --finetune b", ["--finetune b has no effect"]),
+        ("--resume a --finetune b --eval", ["--finetune b has no effect"]),
+    ],
+)
+def test_what_has_no_effect_is_said(words, starts):
+    sentences = without_effect(get_args_parser().parse_args(words.split()))
+    assert len(sentences) == len(starts)
+    assert all(sentence.startswith(start) for sentence, start in zip(sentences, starts, strict=True))
