@@ -4,6 +4,7 @@ import argparse
 import os
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,6 +115,30 @@ def test_a_truncated_file_is_one_sentence(tmp_path, weights, name, kept):
     with pytest.raises(CheckpointError, match=r"truncated|not a whole safetensors file") as caught:
         read_checkpoint(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_bit_is_found(tmp_path, weights):
+    path = tmp_path / "c.pth"
+    torch.save({"model": weights}, path)
+    with zipfile.ZipFile(path) as file:
+        largest = max(file.infolist(), key=lambda entry: entry.file_size)
+    content = bytearray(path.read_bytes())
+    content[largest.header_offset + 200 + largest.file_size // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"c\.pth is damaged: the bytes of .* are not those that were written; dow"
+    ):
+        read_checkpoint(str(path))
+
+
+@pytest.mark.skipif(not hasattr(torch.serialization, "set_crc32_options"), reason="this torch always writes checksums")
+def test_a_file_without_checksums_is_read(tmp_path, weights):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"model": weights}, tmp_path / "c.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_checkpoint(str(tmp_path / "c.pth")).model.keys() == weights.keys()
 
 
 def test_a_truncated_file_of_the_old_format(tmp_path, weights):
