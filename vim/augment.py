@@ -158,7 +158,7 @@ def border_colour(picture: Image.Image) -> tuple[int, ...]:
     return tuple(int(value) for value in np.median(border, axis=0))
 
 
-class _Cover:
+class Cover:
     """Resize to the least size that covers (height, width), the proportions kept; bicubic.
 
     For a square it is torchvision's Resize of the shorter side.
@@ -176,7 +176,7 @@ class _Cover:
         return picture.resize((width, height), Image.Resampling.BICUBIC)
 
     def __repr__(self) -> str:
-        return f"_Cover(size={self.size})"
+        return f"Cover(size={self.size})"
 
 
 def new_data_aug_generator(args: argparse.Namespace) -> Callable[[Image.Image], Tensor]:
@@ -210,7 +210,7 @@ def new_data_aug_generator(args: argparse.Namespace) -> Callable[[Image.Image], 
 def _crop(size: tuple[int, int], simple: bool) -> list[Callable[[Image.Image], Image.Image]]:
     """Return the steps that cut (height, width) pixels out of a picture."""
     if simple:
-        return [_Cover(size), transforms.RandomCrop(size, padding=BORDER, padding_mode="reflect")]
+        return [Cover(size), transforms.RandomCrop(size, padding=BORDER, padding_mode="reflect")]
     from timm.data.transforms import RandomResizedCropAndInterpolation
 
     return [RandomResizedCropAndInterpolation(size, scale=(LEAST_AREA, 1.0), interpolation="bicubic")]

@@ -273,9 +273,9 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Callable[[Any],
     """Return what turns an RGB picture into the (3, height, width) fp32 input of the model.
 
     Args:
-        is_train: timm's augmentation by `args` (pictures of up to 32 pixels: a random crop with a margin of 4,
-            or of what they lack, instead of a random part; with `affine`, a small random move and then
-            evaluation's own crop instead of either); else the same as inference does.
+        is_train: timm's augmentation by `args` (for inputs of up to 32 pixels the picture, made to just cover the
+            input, in a random crop with a margin of 4 instead of a random part; with `affine`, a small random move
+            and then evaluation's own crop instead of either); else the same as inference does.
         args: input_size (pixels, or a (height, width) pair), eval_crop_ratio; for training also affine,
             color_jitter, aa, hflip, train_interpolation, reprob, remode, recount.
     """
@@ -283,7 +283,7 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Callable[[Any],
         return eval_transform(args.input_size, args.eval_crop_ratio)
     from timm.data import create_transform
 
-    from augment import RandomMove, mend_posterize
+    from augment import Cover, RandomMove, mend_posterize
 
     options = {option: getattr(args, flag) for option, flag in _AUGMENTATION.items()}
     if options["auto_augment"] in ("", "none"):
@@ -300,5 +300,6 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Callable[[Any],
         crop = eval_transform(args.input_size, args.eval_crop_ratio).crop
         steps.transforms[:1] = [RandomMove(args.train_interpolation), crop]
     elif isinstance(args.input_size, int) and args.input_size <= 32:
-        steps.transforms[0] = transforms.RandomCrop(args.input_size, padding=4, pad_if_needed=True)
+        side = args.input_size
+        steps.transforms[:1] = [Cover((side, side)), transforms.RandomCrop(side, padding=4)]
     return steps

@@ -211,6 +211,7 @@ def _start_from(model: nn.Module, started: Checkpoint, args: argparse.Namespace)
 def _wrapped(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
     network = model
     if os.environ.get("TORCH_COMPILE", "").strip().lower() in ("1", "true", "yes", "on"):
+        print("note: TORCH_COMPILE is set: the first steps compile the network, which takes minutes")
         network = torch.compile(network)  # type: ignore[assignment]
     if args.distributed:
         network = nn.parallel.DistributedDataParallel(

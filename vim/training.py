@@ -314,4 +314,6 @@ def _describe(run: Run) -> None:
     )
     for sentence in without_effect(args):
         print(f"note: {sentence}")
+    if not args.output_dir:
+        print("note: nothing will be kept, for there is no --output_dir")
     print(f"versions: torch {torch.__version__}, timm {timm.__version__}")

@@ -11,10 +11,10 @@ from PIL import Image
 from torchvision import transforms
 
 from augment import (
+    Cover,
     GaussianBlur,
     RandomMove,
     Solarization,
-    _Cover,
     border_colour,
     gray_scale,
     horizontal_flip,
@@ -176,8 +176,8 @@ def test_the_simple_crop_sees_all_of_a_square_but_its_margin():
 def test_the_simple_crop_resizes_the_shorter_side_of_squares(size):
     picture = noise(size)
     expected = transforms.Resize(16, transforms.InterpolationMode.BICUBIC)(picture)
-    assert (np.asarray(_Cover((16, 16))(picture)) == np.asarray(expected)).all()
-    covering = _Cover((16, 48))(picture)
+    assert (np.asarray(Cover((16, 16))(picture)) == np.asarray(expected)).all()
+    covering = Cover((16, 48))(picture)
     assert covering.height >= 16
     assert covering.width >= 48
     assert covering.height == 16 or covering.width == 48

@@ -192,8 +192,28 @@ def test_training_transform_crops_to_the_input_size(size):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (size, size, 3), np.uint8))
     assert transform(picture).shape == (3, size, size)
     assert any("RandAugment" in repr(step) for step in transform.transforms)
-    first = type(transform.transforms[0]).__name__
-    assert first == ("RandomCrop" if size <= 32 else "RandomResizedCropAndInterpolation")
+    names = [type(step).__name__ for step in transform.transforms]
+    assert ("RandomCrop" in names) == (size <= 32)
+    assert ("RandomResizedCropAndInterpolation" in names) == (size > 32)
+
+
+def test_a_small_input_sees_the_whole_of_a_large_picture():
+    """Left half red, right half blue: a crop of 32 of the 400 pixels would mostly show one of them."""
+    picture = Image.new("RGB", (400, 400), (255, 0, 0))
+    picture.paste((0, 0, 255), (200, 0, 400, 400))
+    words = ("--input-size", 32, "--aa", "none", "--hflip", 0, "--color-jitter", 0, "--reprob", 0)
+    seen = build_transform(True, parse(*words))(picture)
+    left, right = seen[:, 16, 8], seen[:, 16, 24]
+    assert left[0] > right[0]
+    assert left[2] < right[2]
+
+
+def test_a_small_input_takes_pictures_of_its_size_as_they_are():
+    values = np.random.default_rng(0).integers(1, 255, (32, 32, 3), np.uint8)
+    words = ("--input-size", 32, "--aa", "none", "--hflip", 0, "--color-jitter", 0, "--reprob", 0)
+    cover, crop, *_ = build_transform(True, parse(*words)).transforms
+    assert np.array_equal(np.asarray(cover(Image.fromarray(values))), values)
+    assert crop.padding == 4
 
 
 @pytest.mark.parametrize("words", ["", "--affine", "--ThreeAugment", "--ThreeAugment --src"])
