@@ -69,8 +69,9 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
         args.model = checkpoint.model_name
     if checkpoint is not None and "processes" in checkpoint.extra:
         for dest in ("seed", "val_split"):  # which pictures of a folder without val/ were kept for validation
-            if not is_given(args, dest):
-                setattr(args, dest, getattr(checkpoint.args, dest, getattr(args, dest)))
+            saved = getattr(checkpoint.args, dest, None)
+            if isinstance(saved, int | float) and not is_given(args, dest):
+                setattr(args, dest, saved)
     dataset: Any
     dataset, num_classes = build_dataset(
         False,

@@ -205,6 +205,10 @@ def test_train_then_name_a_picture(data, tmp_path, capsys):
     assert code == 0, errors
     assert "classes: 3 of 3 have a folder, numbered by the checkpoint's class names" in text
     assert f"Accuracy of the ema network on the 12 test images: {best:.1f}%" in text
+    saved["args"].seed = None  # of a run with other ideas
+    torch.save(saved, out / "other.pth")
+    code, _, errors = run(capsys, "--eval", "--resume", out / "other.pth", "--data-path", data, "--device", "cpu")
+    assert code == 0, errors
 
 
 FLAGS = [
