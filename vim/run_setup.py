@@ -242,17 +242,27 @@ def _make_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     )
 
 
+def _load_teacher(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    checkpoint = read_checkpoint_for(args.teacher_model, args.teacher_path)
+    pooling = {"global_pool": "avg"} if "fc_norm.weight" in checkpoint.model else {}  # else the model's own
+    teacher = build_model(args.teacher_model, num_classes, args.input_size, seed=args.seed, **pooling)
+    load_weights(teacher, checkpoint.model, source_grid=patch_grid(teacher, checkpoint.img_size))
+    return teacher
+
+
 def _make_criterion(args: argparse.Namespace, num_classes: int, mixed: bool, device: torch.device) -> nn.Module:
     criterion = build_criterion(args, mixed)
     teacher = None
     if args.distillation_type != "none":
         if not args.teacher_path:
             raise UsageError("Distillation needs the teacher's weights: give them with --teacher-path.")
-        checkpoint = read_checkpoint_for(args.teacher_model, args.teacher_path)
-        pooling = {"global_pool": "avg"} if "fc_norm.weight" in checkpoint.model else {}  # else the model's own
-        teacher = build_model(args.teacher_model, num_classes, args.input_size, seed=args.seed, **pooling)
-        load_weights(teacher, checkpoint.model, source_grid=patch_grid(teacher, checkpoint.img_size))
-        teacher.to(device)
+        try:
+            teacher = _load_teacher(args, num_classes).to(device)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"The teacher cannot be {args.teacher_model} (--teacher-model) with {num_classes} classes and the "
+                f"weights in {args.teacher_path}: {error}"
+            ) from error
     return DistillationLoss(criterion, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
 
 

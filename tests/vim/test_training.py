@@ -394,6 +394,18 @@ def test_another_models_checkpoint_is_refused(data, tmp_path, capsys):
         assert errors.count("\n") == 1
 
 
+def test_a_teacher_of_another_kind_or_of_other_classes_is_named(data, tmp_path, capsys):
+    save_checkpoint(tmp_path / "teacher.pth", {"model": timm.create_model("resnet10t", num_classes=5).state_dict()})
+    for name in ("resnet10t", "vit_tiny_patch16_224"):
+        words = ("--distillation-type", "soft", "--teacher-model", name, "--teacher-path", tmp_path / "teacher.pth")
+        code, _, errors = run(capsys, *PLAIN, "--data-path", data, *words)
+        assert code == 2
+        assert errors.startswith(
+            f"error: The teacher cannot be {name} (--teacher-model) with 3 classes and the weights in"
+        )
+        assert errors.count("\n") == 1
+
+
 def test_random_tokens_need_a_vim(data, capsys):
     words = ("--model", "resnet10t", "--input-size", "32", "--if_random_token_rank")
     code, _, errors = run(capsys, *PLAIN, "--data-path", data, *words)
