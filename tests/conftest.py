@@ -37,3 +37,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     automatic = all(family.preferred("cpu") == request.param for family in backends.families())
     with nullcontext() if automatic else backends.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests/native python -m pytest -p native_only [--instruction-set NAME] [--threads-of LIBRARY] tests/ops
 
-Kept are test_native.py and, of the other files, what runs on the backend `native` by name.
+Kept are test_native*.py and, of the other files, what runs on the backend `native` by name.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def kept(item: pytest.Item) -> bool:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        return item.path.name == "test_native.py" or parameters.get("backend") == "native"
+        return item.path.name.startswith("test_native") or parameters.get("backend") == "native"
 
     config.hook.pytest_deselected(items=[item for item in items if not kept(item)])
     items[:] = filter(kept, items)
