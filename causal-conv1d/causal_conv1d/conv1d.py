@@ -66,9 +66,7 @@ torch.library.register_autograd(
     "causal_conv1d::conv1d", _conv1d_gradients, setup_context=_save_for_backward, lib=LIBRARY
 )
 
-torch.library.register_autograd(
-    "causal_conv1d::conv1d_backward", no_second_derivative("causal_conv1d_fn"), setup_context=None, lib=LIBRARY
-)
+torch.library.register_autograd("causal_conv1d::conv1d_backward", no_second_derivative("causal_conv1d_fn"), lib=LIBRARY)
 
 # --- PyTorch kernels ------------------------------------------------------------------------------------------------
 

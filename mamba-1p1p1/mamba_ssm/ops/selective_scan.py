@@ -126,9 +126,9 @@ def _two_gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
 
 torch.library.register_autograd("mamba_ssm::selective_scan", _one_gradients, setup_context=_save_one, lib=LIBRARY)
 torch.library.register_autograd("mamba_ssm::bidirectional_scan", _two_gradients, setup_context=_save_two, lib=LIBRARY)
-for backward in ("selective_scan_backward", "bidirectional_scan_backward"):
-    refuse = no_second_derivative("selective_scan_fn")
-    torch.library.register_autograd(f"mamba_ssm::{backward}", refuse, setup_context=None, lib=LIBRARY)
+_refuse = no_second_derivative("selective_scan_fn")
+torch.library.register_autograd("mamba_ssm::selective_scan_backward", _refuse, lib=LIBRARY)
+torch.library.register_autograd("mamba_ssm::bidirectional_scan_backward", _refuse, lib=LIBRARY)
 
 # --- PyTorch kernels ------------------------------------------------------------------------------------------------
 

@@ -65,10 +65,7 @@ def scan(
 
 def _alike(directions: Sequence[Direction]) -> bool:
     """Whether all are of the same sizes, which the kernels read of the first."""
-    first = directions[0]
-    return all(own.u.shape == first.u.shape and own.A.shape == first.A.shape for own in directions[1:]) and all(
-        own.groups == first.groups for own in directions[1:]
-    )
+    return len({(own.u.shape, own.A.shape, own.groups) for own in directions}) == 1
 
 
 def _call_for(directions: Sequence[Direction], others: Sequence[Tensor | None]) -> Call:
