@@ -6,7 +6,6 @@ import argparse
 import inspect
 import os
 import random
-import signal
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +15,13 @@ import torch
 from timm.data import Mixup
 from timm.utils import ModelEmaV3, NativeScaler
 from torch import nn
-from torch.utils.data import DataLoader
 
 import utils
 from checkpoint import Checkpoint, CheckpointError, load_weights
 from checkpoint_sources import first_line
 from datasets import collate_readable
 from flags import UsageError, is_given
+from loaders import GuardedLoader
 from losses import DistillationLoss, build_criterion
 from model_setup import build_model, patch_grid, read_checkpoint_for
 from optimization import (
@@ -58,8 +57,8 @@ class Run:
     criterion: nn.Module
     mixup: Mixup | None
     batches: DrawBatches
-    loader: DataLoader[Any]
-    val_loader: DataLoader[Any]
+    loader: GuardedLoader
+    val_loader: GuardedLoader
     position: Position
 
     @property
@@ -268,7 +267,7 @@ def _make_criterion(args: argparse.Namespace, num_classes: int, mixed: bool, dev
 
 def _make_loaders(
     args: argparse.Namespace, data: TrainingData, device: torch.device
-) -> tuple[DrawBatches, DataLoader[Any], DataLoader[Any]]:
+) -> tuple[DrawBatches, GuardedLoader, GuardedLoader]:
     replicas, rank = utils.get_world_size(), utils.get_rank()
     sampler: RASampler | ShuffledSampler
     if args.distributed and args.repeated_aug:
@@ -285,21 +284,13 @@ def _make_loaders(
         "num_workers": utils.useful_workers(args.num_workers),
         "collate_fn": collate_readable,
         "pin_memory": args.pin_mem and device.type == "cuda",
-        "worker_init_fn": _leave_interrupts_to_the_main_process,
         "generator": torch.Generator(),  # for the workers' seeds, which the generator of the steps must not pay for
     }
     keep = shared["num_workers"] > 0
-    loader: DataLoader[Any] = DataLoader(
-        SeededPictures(data.train), batch_sampler=batches, persistent_workers=keep, **shared
-    )
+    loader = GuardedLoader(SeededPictures(data.train), batch_sampler=batches, persistent_workers=keep, **shared)
     shard = ShardSampler(data.val, replicas, rank) if args.distributed and args.dist_eval else None
-    val_loader: DataLoader[Any] = DataLoader(data.val, args.val_batch_size, sampler=shard, **shared)
+    val_loader = GuardedLoader(data.val, args.val_batch_size, sampler=shard, **shared)
     return batches, loader, val_loader
-
-
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    del worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _resume(run: Run, resumed: Checkpoint) -> None:

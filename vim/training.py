@@ -24,6 +24,7 @@ from datasets import DataError
 from engine import Evaluation, NonFiniteLossError, autocast_for, epoch_meters, measure, name_unreadable, train_one_epoch
 from flags import UsageError, without_effect
 from model_setup import input_shape, read_checkpoint_for
+from progress import format_seconds
 from records import RunRecord
 from run_folder import BEST, LATEST
 from run_setup import Run, prepare
@@ -46,10 +47,15 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         NonFiniteLossError: the loss is NaN or infinite; the last checkpoint stays.
         Stopped: SIGTERM or Ctrl-C; everything is saved.
     """
-    resumed = _checkpoint_to_resume(args)
+    source = _where_to_resume(args)
+    resumed: Checkpoint | None = None
+    if isinstance(source, Path):
+        resumed = _read_latest(source, args.model)
+    elif source is not None:
+        resumed = read_checkpoint_for(args.model, source)
     run = prepare(args, device, resumed)
     with _requests_to_stop() as asked:
-        _train_on_record(run, asked, anew=resumed is None)
+        _train_on_record(run, asked, anew=not _is_in(source, args.output_dir))
 
 
 def _train_on_record(run: Run, asked: Callable[[], int], *, anew: bool) -> None:
@@ -77,16 +83,21 @@ def _train_on_record(run: Run, asked: Callable[[], int], *, anew: bool) -> None:
             record.close(finished=finished)
 
 
-def _checkpoint_to_resume(args: argparse.Namespace) -> Checkpoint | None:
-    """Return the checkpoint of an interrupted run: that of --auto-resume if there is one, else of --resume."""
+def _where_to_resume(args: argparse.Namespace) -> Path | str | None:
+    """Return the file of --auto-resume (a Path) if there is one, else what --resume names, if anything."""
     if args.auto_resume:
         if not args.output_dir:
             raise UsageError("--auto-resume looks for checkpoint.pth in --output_dir, so it needs one.")
         latest = Path(args.output_dir) / LATEST
         if os.path.exists(latest):
-            return _read_latest(latest, args.model)
+            return latest
         print(f"note: there is no {latest} yet, so training begins")
-    return read_checkpoint_for(args.model, args.resume) if args.resume else None
+    return args.resume or None
+
+
+def _is_in(source: Path | str | None, folder: str) -> bool:
+    """Whether a run that is resumed is the one in its --output_dir, which may hold another one."""
+    return source is not None and bool(folder) and Path(source).resolve().parent == Path(folder).resolve()
 
 
 def _read_latest(latest: Path, model_name: str) -> Checkpoint:
@@ -108,7 +119,7 @@ def _run_epochs(run: Run, record: RunRecord | None, asked: Callable[[], int]) ->
         print(f"All {args.epochs} epochs were trained before; there is nothing left to do.")
         return
     print(f"Start training for {args.epochs} epochs")
-    start = time.monotonic()
+    start, first = time.monotonic(), position.epoch + position.step / position.steps_per_epoch
     while position.epoch < args.epochs:
         if not position.step:
             position.sums = {}
@@ -116,21 +127,32 @@ def _run_epochs(run: Run, record: RunRecord | None, asked: Callable[[], int]) ->
         stats = _train_epoch(run, asked, unreadable)
         _save(run)
         result, averaged = _evaluate(run)
-        accuracy = averaged.acc1 if averaged is not None and "ema-best" in args.mend else result.acc1
+        accuracy = result.acc1 if averaged is None else averaged.acc1
         run.schedule.finish(position.epoch, accuracy)
         if accuracy > position.best_accuracy:
             position.best_accuracy = accuracy
             _save_as(run, BEST, next_epoch=True)
-        print(f"Max accuracy: {position.best_accuracy:.2f}%")
+        print(f"Max accuracy: {position.best_accuracy:.2f}%{' (EMA)' if averaged is not None else ''}")
         if record is not None:
             record.epoch(_log_line(run, stats, result, averaged, unreadable))
         position.epoch, position.step, position.sums = position.epoch + 1, 0, {}
         _save(run)
+        _say_how_long(start, position.epoch - first, args.epochs - position.epoch)
         stop = _any_process(asked(), run.device)
         if stop:
             raise Stopped(stop, _saved_sentence(run))
     spent = datetime.timedelta(seconds=int(time.monotonic() - start))
     print(f"Training time {spent}")
+
+
+def _say_how_long(start: float, done: float, left: int) -> None:
+    """Say how long the epochs that are left will take, if as long as those that were trained since `start`.
+
+    Says nothing where none was trained: a resumed run may have had only the evaluation of its first epoch to do.
+    """
+    if left and done > 0:
+        rest = (time.monotonic() - start) / done * left
+        print(f"{left} {'epoch' if left == 1 else 'epochs'} to go, about {format_seconds(rest)} (h:mm:ss)")
 
 
 def _train_epoch(run: Run, asked: Callable[[], int], unreadable: list[str]) -> dict[str, float]:
@@ -307,7 +329,7 @@ def _describe(run: Run) -> None:
         f"model: {args.model}, {run.parameter_count / 1e6:.2f} M trained parameters, {data.num_classes} classes, "
         f"{height} x {width} pixels"
     )
-    print(f"data: {len(data.train)} pictures to train on, {len(data.val)} to test")
+    print(f"data: {len(data.train)} pictures to train on, {len(data.val)} to validate on")
     print(
         f"device: {run.device}, {utils.get_world_size()} x {args.batch_size} pictures a step, "
         f"{run.batches.steps_per_epoch} steps an epoch, learning rate {args.lr:g}"

@@ -13,6 +13,7 @@ from training_runs import CLASSES, MODEL, PLAIN, load, settings, write_pictures
 
 import main
 import run_setup
+import training
 from causal_conv1d.backend import use_backend
 from checkpoint import CheckpointError, save_checkpoint
 from engine import train_one_epoch
@@ -52,8 +53,8 @@ def prepared(data, *words):
 # --- one step --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["native", "torch"])
-def test_an_epoch_equals_a_plain_loop(data, backend):
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_an_epoch_equals_a_plain_loop(data, kernels):
     """Loss, gradients of the last step and weights after three steps of AdamW, written from their definitions."""
     own = prepared(data, "--clip-grad", "0.5")
     plain = timm.create_model(MODEL, num_classes=3, drop_path_rate=0.0)
@@ -64,7 +65,7 @@ def test_an_epoch_equals_a_plain_loop(data, backend):
     batches = [(batch.images, batch.targets) for batch in own.loader]
     own.batches.set_epoch(0, 0)
     losses = []
-    with use_backend(backend):
+    with use_backend(kernels):
         stats = train_one_epoch(
             own.network, own.criterion, own.loader, own.optimizer, own.device, 0, max_norm=0.5, args=own.args
         )
@@ -90,8 +91,7 @@ def test_an_epoch_equals_a_plain_loop(data, backend):
         torch.testing.assert_close(weight, weights[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("backend", ["native", "torch"])
-def test_gradients_of_a_whole_network(backend):
+def test_gradients_of_a_whole_network():
     """In fp64, of every weight and of the picture, against differences."""
     torch.manual_seed(0)
     model = (
@@ -103,7 +103,7 @@ def test_gradients_of_a_whole_network(backend):
     def scores(picture, *weights):
         return torch.func.functional_call(model, dict(zip(names, weights, strict=True)), (picture,))
 
-    with use_backend(backend) if backend == "torch" else use_backend("torch"):
+    with use_backend("torch"):
         weights = [weight.detach().clone().requires_grad_() for weight in model.parameters()]
         assert torch.autograd.gradcheck(scores, (picture, *weights), fast_mode=True)
 
@@ -193,7 +193,8 @@ def test_train_then_name_a_picture(data, tmp_path, capsys):
     ]
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
     best = max(line["ema_acc1"] for line in lines)
-    assert f"Max accuracy: {best:.2f}%" in text
+    assert f"Max accuracy: {best:.2f}% (EMA)" in text
+    assert re.findall(r"(\d) epochs? to go, about \d+:\d\d:\d\d", text) == list("54321")
     saved = load(out / "checkpoint.pth")
     assert (saved["epoch"], saved["step"], saved["max_accuracy"]) == (5, 0, best)
     assert saved["class_names"] == sorted(CLASSES)
@@ -418,3 +419,13 @@ def test_zero_accuracy_still_leaves_a_checkpoint_and_usage_errors_are_ours():
     with pytest.raises(UsageError, match="--clip-grad must be above 0"):
         settings(*PLAIN, "--clip-grad", "-1")
     assert issubclass(CheckpointError, ValueError)
+
+
+def test_the_time_left_counts_the_part_of_an_epoch_that_was_trained(monkeypatch, capsys):
+    monkeypatch.setattr(training.time, "monotonic", lambda: 110.0)
+    training._say_how_long(100.0, 0.25, 2)  # ten seconds for a quarter of an epoch
+    training._say_how_long(100.0, 1.0, 1)
+    training._say_how_long(100.0, 1.0, 0)
+    assert capsys.readouterr().out == (
+        "2 epochs to go, about 0:01:20 (h:mm:ss)\n1 epoch to go, about 0:00:10 (h:mm:ss)\n"
+    )

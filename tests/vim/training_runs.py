@@ -63,6 +63,7 @@ def start(*words, launcher=(), **environment) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        start_new_session=True,  # a group of processes that a test can signal
     )
 
 
