@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from command_line import pip_install
+
 _LONGEST_SHOWN = 300  # characters of a path
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
@@ -82,7 +84,7 @@ def _from_hub(repository: str, wanted: str, finetuned: bool, cache_dir: str | No
     except ImportError as error:
         raise CheckpointError(
             f"there is no file {repository}, and to read it as a Hugging Face repository the package huggingface_hub "
-            "is needed: pip install huggingface_hub"
+            f"is needed: {pip_install('huggingface_hub')} installs it"
         ) from error
     name = wanted
     try:

@@ -30,6 +30,11 @@ def thread_count(text: str) -> int:
     return value
 
 
+def pip_install(packages: str) -> str:
+    """Return the command that installs packages where this Python finds them."""
+    return f"`{sys.executable} -m pip install {packages}`"
+
+
 class _PictureSize(argparse.Action):
     """Store one number as it is and two as (height, width)."""
 
@@ -58,7 +63,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="of weights and activations; bfloat16 halves their memory, and is faster on CPUs with instructions for it "
         "(default: float32)")  # fmt: skip
     add("--threads", type=thread_count, metavar="N", help="CPU threads (default: torch's choice)")
-    add("--backend", choices=("auto", "cuda", "native", "torch"), default="auto",
+    add("--backend", choices=("auto", "cuda", "triton", "native", "torch"), default="auto",
         help="kernels of the scan and the convolution (default: the best that is there)")  # fmt: skip
 
 

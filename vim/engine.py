@@ -256,7 +256,7 @@ def _why_nothing(skipped: int, unreadable: set[str]) -> str:
 def epoch_meters(sums: dict[str, tuple[int, float]] | None = None) -> MetricLogger:
     """Return the meters of an epoch; `sums` are (count, total) of some, left by its steps before."""
     meters = MetricLogger(delimiter="  ")
-    meters.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
+    meters.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.4g}"))
     for name, (count, total) in (sums or {}).items():
         meter = meters.meters.setdefault(name, SmoothedValue())
         meter.count, meter.total = count, total

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from checkpoint_sources import CheckpointError, first_line
+from command_line import pip_install
 from flags import UsageError
 from run_folder import LOG, SUMMARY, put_aside, remove_leftovers
 
@@ -32,8 +33,8 @@ _FEW_EPOCHS = 40  # up to so many, each has its dot
 _PANELS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
     "loss": (
         ("train_loss", "training", _BLUE, "-"),
-        ("test_loss", "test", _RED, "-"),
-        ("ema_loss", "test, EMA", _GREEN, "-"),
+        ("test_loss", "validation", _RED, "-"),
+        ("ema_loss", "validation, EMA", _GREEN, "-"),
     ),
     "accuracy in %": (
         ("test_acc1", "at 1", _RED, "-"),
@@ -158,7 +159,7 @@ def _import(flag: str, module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UsageError(
-            f"{flag} needs the package {package} ({first_line(error)}); `pip install {package}` installs it."
+            f"{flag} needs the package {package} ({first_line(error)}); {pip_install(package)} installs it."
         ) from error
 
 
@@ -277,7 +278,7 @@ def draw_summary(log: Path, out: Path, *, title: str | None = None, chosen_by: s
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError(
-            f"drawing needs matplotlib ({first_line(error)}); `pip install matplotlib` installs it"
+            f"drawing needs matplotlib ({first_line(error)}); {pip_install('matplotlib')} installs it"
         ) from error
     epochs = _read_epochs(log)
     figure: Any = Figure(figsize=_SIZE, dpi=_DOTS_PER_INCH, facecolor="white", layout="constrained")
@@ -341,8 +342,9 @@ def _draw_panel(
             if best is not None and point[0] == best[0]:
                 axes.plot(*point, color=colour, marker="o", markersize=8, markeredgecolor="white", clip_on=False)
     if best is not None:
-        label = best[1] if heading.startswith("accuracy") else f"best epoch: {best[0]}"
-        axes.axvline(best[0], color=_QUIET, linestyle=":", linewidth=1.5, label=label, zorder=1)
+        line = axes.axvline(best[0], color=_QUIET, linestyle=":", linewidth=1.5, zorder=1)
+        if heading.startswith("accuracy"):  # says it for all panels
+            line.set_label(best[1])
     axes.set_ylim(*_limits(values))
     first, last = epochs[0]["epoch"], epochs[-1]["epoch"]
     margin = max(0.5, 0.04 * (last - first))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from command_line import positive
+    from command_line import pip_install, positive
     from flags import UsageError, get_args_parser
 except ImportError as error:
     if __name__ != "__main__":
@@ -113,7 +113,7 @@ def submit(args: argparse.Namespace) -> tuple[str, Path]:
         import submitit
     except ImportError as error:
         raise UsageError(
-            f"Handing in a job needs the package submitit ({error}); `pip install submitit` installs it."
+            f"Handing in a job needs the package submitit ({error}); {pip_install('submitit')} installs it."
         ) from error
     job_dir, shared = find_folders(args.job_dir)
     args.job_dir = args.output_dir = str(job_dir)

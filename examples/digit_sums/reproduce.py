@@ -8,17 +8,18 @@ numbers should be.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 VIM, DIGITS = HERE.parents[1] / "vim", HERE.parent / "digits"
+sys.path.insert(0, str(DIGITS))
+
+from steps import run_and_say  # noqa: E402
+
 RECIPE = (
     *("--device", "cpu", "--num_workers", "1", "--input-size", "32", "64", "--epochs", "10", "--batch-size", "32"),
     *("--lr", "1.5e-3", "--unscale-lr", "--warmup-epochs", "1", "--warmup-lr", "5e-4", "--cooldown-epochs", "0"),
@@ -26,7 +27,6 @@ RECIPE = (
     *("--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--clip-grad", "1"),
     *("--model-ema-decay", "0.99", "--mend", "ema-best", "lr-lag"),
 )
-POLL_SECONDS = 0.2
 
 
 def prepare_command(run_folder: Path, pictures: Sequence[str] = ()) -> list[str]:
@@ -56,24 +56,6 @@ def test_commands(run_folder: Path) -> list[list[str]]:
 
 def _python(*words: str | Path) -> list[str]:
     return [sys.executable, *map(str, words)]
-
-
-def run_and_say(command: Sequence[str], interrupt_after: Path | None = None) -> int:
-    """Print the command, run it, and return its exit code.
-
-    Args:
-        interrupt_after: send SIGTERM, once, as soon as something is in this file.
-    """
-    print("$ " + shlex.join(["python", *command[1:]]), flush=True)
-    # The model is too small for several threads to be of use; the training has a process beside it for the pictures.
-    with subprocess.Popen(command, env={"OMP_NUM_THREADS": "1", **os.environ}) as process:
-        while interrupt_after is not None and process.poll() is None:
-            if interrupt_after.exists() and interrupt_after.stat().st_size:
-                print("reproduce.py sends SIGTERM", flush=True)
-                process.send_signal(signal.SIGTERM)
-                break
-            time.sleep(POLL_SECONDS)
-    return process.returncode
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

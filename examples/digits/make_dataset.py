@@ -39,7 +39,10 @@ def load_scans() -> tuple[Any, Any]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DatasetError("The digits come with scikit-learn, which is missing: pip install scikit-learn.") from error
+        raise DatasetError(
+            "The digits come with scikit-learn, which is missing: "
+            f"`{sys.executable} -m pip install scikit-learn` installs it."
+        ) from error
     bundle = load_digits()
     return bundle.images, bundle.target
 

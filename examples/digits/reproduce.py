@@ -8,12 +8,11 @@ numbers should be.
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from steps import run_and_say
 
 HERE = Path(__file__).resolve().parent
 VIM = HERE.parents[1] / "vim"
@@ -53,11 +52,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run_folder", type=Path, help="new folder for the pictures and the results")
     args, training = parser.parse_known_args(arguments)
-    # The model is too small for several threads to be of use; the training has a process beside it for the pictures.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
     for command in commands(args.run_folder, training):
-        print("$ " + shlex.join(["python", *command[1:]]), flush=True)
-        code = subprocess.run(command, env=environment, check=False).returncode
+        code = run_and_say(command)
         if code:
             return code
     return 0

@@ -1,5 +1,6 @@
 """The shipped digits example: its data, its checkpoint as a user runs it, and its training."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ sys.path.insert(0, str(EXAMPLE))
 import make_dataset  # noqa: E402
 import reproduce  # noqa: E402
 import save_weights  # noqa: E402
+import steps  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -155,13 +157,36 @@ def test_the_recipe_runs_and_says_how_good_its_weights_are(data, tmp_path):
     assert f"{max(epoch['ema_acc1'] for epoch in epochs):.2f}" == best
 
 
-def test_written_weights_are_the_moving_average(tmp_path, capsys):
+@pytest.mark.parametrize("by_average", [True, False])
+def test_written_weights_are_those_that_the_run_went_by(tmp_path, capsys, by_average):
     weights, average = {"head.weight": torch.zeros(3, 2)}, {"head.weight": torch.ones(3, 2)}
     contents = {"model": weights, "model_ema": average, "model_name": "vim_x", "img_size": (32, 64)}
+    contents["args"] = argparse.Namespace(mend=["lr-lag", "ema-best"] if by_average else [])
     save_checkpoint(tmp_path / "run.pth", {**contents, "class_names": ["a", "b", "c"]})
     assert save_weights.run([str(tmp_path / "run.pth"), str(tmp_path / "out.safetensors")]) == 0
     written = read_checkpoint(str(tmp_path / "out.safetensors"))
-    assert torch.equal(written.model["head.weight"], average["head.weight"])
+    assert torch.equal(written.model["head.weight"], (average if by_average else weights)["head.weight"])
+    assert ("moving average" in capsys.readouterr().out) == by_average
     assert (written.model_name, written.img_size, written.class_names) == ("vim_x", (32, 64), ["a", "b", "c"])
     assert save_weights.run([str(tmp_path / "none.pth"), str(tmp_path / "out.safetensors")]) == 2
     assert re.fullmatch(r"error: .*none\.pth.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_ctrl_c_leaves_a_step_the_time_to_save(tmp_path):
+    """Ctrl-C reaches both processes; the step may go on for long, and its exit code counts."""
+    saved = tmp_path / "saved"
+    script = (
+        "import os, pathlib, signal, sys, time\n"
+        "def save(*_):\n"
+        "    time.sleep(1)\n"
+        f"    pathlib.Path({str(saved)!r}).touch()\n"
+        "    sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, save)\n"
+        "os.kill(os.getppid(), signal.SIGINT)\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "time.sleep(60)\n"
+    )
+    assert steps.run_and_say([sys.executable, "-c", script]) == 130
+    assert saved.exists()
+    assert steps.run_and_say([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]) == 137

@@ -99,6 +99,14 @@ def test_too_few_arguments_give_the_usage(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_no_error(name, flag):
+    result = run(name, flag)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("usage: ")
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_torchrun_from_any_folder(name, tmp_path):
     fake = tmp_path / "torchrun"
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit 7\n')

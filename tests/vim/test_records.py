@@ -212,7 +212,7 @@ def test_tensorboard_needs_a_folder(tensorboard):
 def test_a_missing_package_is_said_before_anything_is_touched(tmp_path, monkeypatch, flag, module):
     monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / "log.txt").write_text(json.dumps(numbers(0)))
-    with pytest.raises(UsageError, match=f"^--{flag} needs the package {flag} .*`pip install {flag}` installs it"):
+    with pytest.raises(UsageError, match=f"^--{flag} needs the package {flag} .* -m pip install {flag}` installs it"):
         RunRecord(tmp_path, command_line(**{flag: True}), resume=False)
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
 
@@ -300,9 +300,10 @@ def test_close_draws_the_summary(tmp_path, drawn, capsys):
     losses, accuracies, rates = figure.axes
     assert figure.get_suptitle() == "a $strange$ name"
     assert {axes.get_xlabel() for axes in figure.axes} == {"epoch"}
-    assert set(lines_of(losses)) == {"training", "test", "best epoch: 1"}
+    assert set(lines_of(losses)) == {"training", "validation"}
     assert set(lines_of(accuracies)) == {"at 1", "at 5", "at 1, EMA", "at 5, EMA", "best epoch: 1, 40.00 % at 1"}
-    assert set(lines_of(rates)) == {"learning rate", "best epoch: 1"}
+    assert set(lines_of(rates)) == {"learning rate"}
+    assert {axes.lines[-1].get_linestyle() for axes in figure.axes} == {":"}  # the best epoch
     assert list(lines_of(accuracies)["at 1, EMA"].get_xdata()) == [0, 1, 2]
     assert list(lines_of(losses)["training"].get_ydata()) == [6.0, 5.0, 4.0]
 
@@ -360,7 +361,7 @@ def test_without_matplotlib_close_says_so_once(tmp_path, monkeypatch, capsys):
     record.close(finished=True)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("note: summary.png was not drawn: drawing needs matplotlib")
-    assert line.endswith("`pip install matplotlib` installs it")
+    assert line.endswith(f"`{sys.executable} -m pip install matplotlib` installs it")
 
 
 def test_a_picture_that_fails_never_ends_a_run(tmp_path, monkeypatch, capsys):

@@ -172,7 +172,7 @@ def test_a_missing_submitit_is_one_sentence(monkeypatch, tmp_path, capsys):
     assert run_with_submitit.run(["--job_dir", str(tmp_path / "runs" / "%j")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: Handing in a job needs the package submitit")
-    assert "`pip install submitit`" in line
+    assert " -m pip install submitit`" in line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,8 +2,10 @@
 # Fine-tune Vim-Small with patches 8 pixels apart (Vim-Small+), from a CHECKPOINT of pt-vim-s.sh.
 set -euo pipefail
 
+usage="[NGPUS=8] [DRY_RUN=1] $0 DATA OUTPUT CHECKPOINT [further flags of main.py]"
+case ${1-} in -h | --help) echo "usage: $usage" && exit ;; esac
 if [ $# -lt 3 ]; then
-    echo "usage: [NGPUS=8] [DRY_RUN=1] $0 DATA OUTPUT CHECKPOINT [further flags of main.py]" >&2
+    echo "usage: $usage" >&2
     exit 2
 fi
 data=$1 output=$2 checkpoint=$3

@@ -2,8 +2,10 @@
 # Train Vim-Small on ImageNet-1K from scratch, 224 x 224 pixels, as its published weights were.
 set -euo pipefail
 
+usage="[NGPUS=8] [DRY_RUN=1] $0 DATA OUTPUT [further flags of main.py]"
+case ${1-} in -h | --help) echo "usage: $usage" && exit ;; esac
 if [ $# -lt 2 ]; then
-    echo "usage: [NGPUS=8] [DRY_RUN=1] $0 DATA OUTPUT [further flags of main.py]" >&2
+    echo "usage: $usage" >&2
     exit 2
 fi
 data=$1 output=$2
