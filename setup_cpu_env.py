@@ -44,7 +44,9 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NEWEST_TRIED = (3, 13)
 PACKAGES = ("causal-conv1d", "mamba-1p1p1")
 REQUIREMENTS = ROOT / "requirements"
-SWITCHES = re.compile(r"(CAUSAL_CONV1D|SELECTIVE_SCAN|MAMBA)_(FORCE|SKIP|LOCAL)_|CUDA_HOME|TORCH_CUDA_ARCH_LIST")
+SWITCHES = re.compile(
+    r"(CAUSAL_CONV1D|SELECTIVE_SCAN|MAMBA)_(FORCE|SKIP|LOCAL)_|CUDA_HOME|CUDA_PATH|CUDAHOSTCXX|NVCC_|TORCH_CUDA_ARCH_LIST"
+)
 DEMO = (
     *("vim/infer_rpi.py", "--model", "vim_pico_patch4_32"),
     *("--checkpoint", "examples/digits/vim_pico_digits.safetensors"),

@@ -56,7 +56,7 @@ def _kernels() -> str:
     """The instruction set that the compiled kernels use here; empty without them."""
     from mamba_ssm.ops.selective_scan import FAMILY
 
-    return "" if FAMILY.native is None or FAMILY.missing("native") is not None else FAMILY.native.instruction_set
+    return "" if FAMILY.missing("native") is not None else FAMILY.engines["native"].detail
 
 
 def _lacks_kernels(prefix: str) -> str | None:

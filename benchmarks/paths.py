@@ -13,6 +13,8 @@ from torch import Tensor
 
 from benchmarks.cases import Case
 from causal_conv1d.backend import use_backend
+from mamba_ssm.ops.mamba_inner import compose
+from mamba_ssm.ops.mamba_inner_training import of_both_directions
 from mamba_ssm.ops.reference import scan_reference
 from mamba_ssm.ops.selective_scan import FAMILY, PER_DIRECTION
 
@@ -36,7 +38,17 @@ def _bidirectional_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
     return (total if z is None else total * F.silu(z)), total.new_empty(0)
 
 
-LOOPS: dict[str, Callable[..., Any]] = {"selective_scan": _scan, "bidirectional_scan": _bidirectional_scan}
+def _bidirectional_inner(xz: Tensor, *arguments: Any) -> Tensor:
+    """The op `bidirectional_inner`, composed of others, the scan above among them."""
+    *parameters, scale = arguments
+    return compose(xz, *of_both_directions(tuple(parameters)), scale)
+
+
+LOOPS: dict[str, Callable[..., Any]] = {
+    "selective_scan": _scan,
+    "bidirectional_scan": _bidirectional_scan,
+    "bidirectional_inner": _bidirectional_inner,
+}
 
 
 @contextmanager

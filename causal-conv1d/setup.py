@@ -1,25 +1,34 @@
-"""Build causal_conv1d: the Python package always, its CPU kernels and its CUDA extension where they can be compiled.
+"""Build causal_conv1d: the Python package always, its CPU and its CUDA kernels where they can be compiled.
 
-Read from the environment; TRUE, 1, YES or ON in any case switch one on:
+Read from the environment; TRUE, 1, YES or ON in any case switch one of the first four on:
 
     CAUSAL_CONV1D_FORCE_FALLBACK    compile nothing, neither CUDA nor native
-    CAUSAL_CONV1D_SKIP_CUDA_BUILD   do not compile the CUDA extension
-    CAUSAL_CONV1D_FORCE_BUILD       fail where the CUDA extension cannot be compiled; skipping wins over it
-    CAUSAL_CONV1D_FORCE_CXX11_ABI   accepted without effect: the C++ ABI is always that of the installed torch
+    CAUSAL_CONV1D_SKIP_CUDA_BUILD   do not compile the CUDA kernels
+    CAUSAL_CONV1D_FORCE_BUILD       fail where the CUDA kernels cannot be compiled; needs no GPU; skipping wins over it
+    CAUSAL_CONV1D_FORCE_CXX11_ABI   accepted without effect: what is compiled knows no torch, and so no ABI of it
     CAUSAL_CONV1D_LOCAL_VERSION     a text that the version ends with, after a "+"
+    TORCH_CUDA_ARCH_LIST            what to compile for, as in "8.0;9.0+PTX", or "all"; unset: the GPUs here
+    CUDA_HOME, CUDA_PATH            the CUDA toolkit's folder; unset: nvcc is on PATH, in /usr/local/cuda or from pip
+    NVCC_CCBIN, CUDAHOSTCXX         the C++ compiler for nvcc to use
+    MAX_JOBS                        how many compilations to run at a time; unset: as many as there are processors
 
-torch itself reads CUDA_HOME and TORCH_CUDA_ARCH_LIST. What was left out, and why, is printed and written to
-causal_conv1d/_build.py, where `python -m causal_conv1d.backend` finds it.
+nvcc itself reads NVCC_APPEND_FLAGS: "-Xptxas -v" makes it report registers and memory. What was left out, and why, is
+printed and written to causal_conv1d/_build.py, where `python -m causal_conv1d.backend` finds it.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from setuptools import Distribution, find_packages, setup
 from setuptools._distutils.ccompiler import new_compiler
@@ -30,8 +39,7 @@ HERE = Path(__file__).resolve().parent
 PACKAGE = "causal_conv1d"
 SWITCHES = "CAUSAL_CONV1D"
 FALLBACK = "CAUSAL_CONV1D_FORCE_FALLBACK"
-CUDA_MODULE = "causal_conv1d_cuda"
-CUDA_SOURCES = "csrc/cuda"
+CUDA_MODULE = "causal_conv1d_cuda"  # upstream's extension module; here it is Python and calls the library
 
 NATIVE_LIBRARY = "kernels.cpu.so"  # a dot in its stem: nothing that walks the package takes it for a module
 NATIVE_SOURCES = ["csrc/cpu/*.cpp"]
@@ -40,9 +48,22 @@ NATIVE_INCLUDES = ["csrc/cpu"]
 NATIVE_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off"]
 NATIVE_FLAGS += ["-fno-exceptions", "-fno-rtti", "-w"]  # gcc 12 warns about its own AVX-512 header
 
+CUDA_LIBRARY = "kernels.cuda.so"
+CUDA_SOURCES = ["csrc/cuda/*.cu"]
+CUDA_INCLUDES = ["csrc/cuda"]
+# --use_fast_math must never be among them: it flushes denormals to zero and makes exp and division inexact.
+CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+OLDEST = 75  # Turing; what older GPUs lack is needed, such as parameters of kernels that stay where they are
+# The first toolkit for each of the later architectures.
+FIRST_CUDA = {89: "11.8", 90: "11.8", 100: "12.8", 103: "12.9", 110: "13.0", 120: "12.8", 121: "12.9"}
+NVCC_MENDS = {
+    "unsupported (GNU|clang)": "set NVCC_CCBIN or CUDAHOSTCXX to an older g++, or install a newer CUDA toolkit",
+    "died due to signal 9": "the memory is full; set MAX_JOBS=1",
+}
+
 
 class BuildError(Exception):
-    """Why an extension is not compiled, as a clause."""
+    """Why kernels are not compiled, as a clause."""
 
 
 def switched_on(name: str) -> bool:
@@ -68,51 +89,129 @@ def version() -> str:
     return f"{found[1]}+{local}" if local else found[1]
 
 
-def cuda_build() -> tuple[list[Any], dict[str, type]]:
-    """The CUDA extension and the command that compiles it, as `setup` takes them.
+def sources(patterns: list[str]) -> list[str]:
+    return [path for pattern in patterns for path in sorted(glob(pattern))]
 
-    Language standard, ABI and architectures are torch's choice, so that they suit its headers.
+
+def call(*command: str) -> str:
+    """Run nvcc, print what it says for `pip install -v` to show, and return it.
 
     Raises:
-        BuildError: it is switched off, or something that it needs is missing.
+        BuildError: it failed; has the first line that tells why.
     """
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be started ({error})") from error
+    print(f"{shlex.join(command)}\n{done.stdout}", end="", flush=True)
+    if done.returncode == 0:
+        return done.stdout
+    line = re.search(r"(?im)^.*(\berror\b|\bfatal\b|not found|no such file).*$", done.stdout)
+    why = line[0].strip() if line else f"it ended with status {done.returncode}"
+    mend = next((mend for sign, mend in NVCC_MENDS.items() if re.search(sign, done.stdout)), None)
+    raise BuildError(f"{command[0]} failed ({why}); {mend or 'pip install -v shows its output'}")
+
+
+def find_nvcc() -> str:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders = [f"{home}/bin" for home in homes] + [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    for site in [*sys.path, *map(sysconfig.get_path, ("purelib", "platlib"))]:  # pip's isolation hides the last two
+        folders += sorted((str(folder) for folder in Path(site).glob("nvidia/cu[0-9]*/bin")), reverse=True)
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
+    if nvcc is None:
+        raise BuildError(
+            "nvcc was not found; install a CUDA toolkit and set CUDA_HOME to its folder, or (CUDA 13) "
+            "pip install nvidia-cuda-nvcc nvidia-cuda-cccl"
+        )
+    return nvcc
+
+
+def cards() -> list[str]:
+    """The compute capabilities of the GPUs in this machine, such as 9.0, lowest first."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        printed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):  # no driver, or one that does not work
+        return []
+    return sorted(set(re.findall(r"(?m)^\d+\.\d(?=\s*$)", printed)), key=float)
+
+
+def architectures() -> list[str]:
+    """What to compile for: the names in TORCH_CUDA_ARCH_LIST, or those of the GPUs here, or "all" if it is forced."""
+    listed = re.findall(r"[^;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    if listed:
+        return listed
+    if present := cards():
+        return [*present[:-1], f"{present[-1]}+PTX"]  # PTX is what later GPUs run
+    if cuda_is_forced():
+        return ["all"]
+    raise BuildError("there is no GPU to compile for and TORCH_CUDA_ARCH_LIST names none")
+
+
+def unknown(number: int, known: list[int], nvcc: str) -> str:
+    asks = "TORCH_CUDA_ARCH_LIST asks for" if os.environ.get("TORCH_CUDA_ARCH_LIST") else "the GPU here is of"
+    older = [each for each in known if each < number]
+    install = f"CUDA {FIRST_CUDA[number]} or newer" if number in FIRST_CUDA else "a newer CUDA toolkit"
+    names = ", ".join(str(each / 10) for each in known)
+    if not older:
+        return f"{asks} architecture {number / 10} and its kernels need 7.5 or newer ({nvcc} compiles for {names})"
+    mend = f"{install}, or set TORCH_CUDA_ARCH_LIST={older[-1] / 10}+PTX"
+    return f"{asks} architecture {number / 10} and {nvcc} compiles only for {names}; install {mend}"
+
+
+def architecture_flags(wanted: list[str], nvcc: str) -> list[str]:
+    """Machine code for each architecture, and PTX for those with +PTX, as options of nvcc.
+
+    Raises:
+        BuildError: one is no architecture, or none that this nvcc knows.
+    """
+    listed = map(int, re.findall(r"(?m)^sm_(\d+)\s*$", call(nvcc, "--list-gpu-code")))
+    known = sorted(number for number in listed if number >= OLDEST)
+    if [name.lower() for name in wanted] == ["all"]:
+        wanted = [f"{number / 10}{'+PTX' if number == known[-1] else ''}" for number in known]
+    codes: dict[str, list[str]] = {}
+    for name in wanted:
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if found is None:
+            raise BuildError(f'TORCH_CUDA_ARCH_LIST has {name!r} in it and must be like "8.0;9.0+PTX", or "all"')
+        number = int(found[1] + found[2])
+        if number not in known:
+            raise BuildError(unknown(number, known, nvcc))
+        codes.setdefault(f"{number}{found[3]}", []).append(found[4])
+    suffixes = {name: f"[sm_{name},compute_{name}]" if any(ptx) else f"sm_{name}" for name, ptx in codes.items()}
+    return [f"-gencode=arch=compute_{name},code={code}" for name, code in suffixes.items()]
+
+
+def build_cuda(folder: Path) -> None:
+    """Compile the CUDA kernels into one library in `folder`, for whatever Python and torch will load it.
+
+    Raises:
+        BuildError: it is switched off, or cannot be compiled. No library of an earlier build is left then.
+    """
+    library = folder / CUDA_LIBRARY
+    library.unlink(missing_ok=True)
     if skip := skip_switch():
         over = f", which wins over {SWITCHES}_FORCE_BUILD" if switched_on(f"{SWITCHES}_FORCE_BUILD") else ""
         raise BuildError(f"{skip} was set when it was installed{over}")
-    sources = sorted(f"{CUDA_SOURCES}/{path.name}" for path in Path(CUDA_SOURCES).glob("*.c*") if path.suffix != ".cuh")
-    if not sources:
-        raise BuildError("this version has no CUDA kernels")
-    try:
-        import torch
-        from torch.utils import cpp_extension
-    except (ImportError, OSError) as error:
-        raise BuildError(
-            f"torch could not be imported to build it ({error}), which pip's --no-build-isolation mends"
-        ) from error
-    if torch.version.cuda is None:
-        raise BuildError(f"torch {torch.__version__} was built without CUDA")
-    if cpp_extension.CUDA_HOME is None:
-        raise BuildError(f"nvcc {torch.version.cuda} was not found, neither on PATH nor in CUDA_HOME")
-    if not (torch.cuda.is_available() or os.environ.get("TORCH_CUDA_ARCH_LIST")):
-        raise BuildError("there is no GPU to compile for and TORCH_CUDA_ARCH_LIST names none")
-
-    class BuildCuda(cpp_extension.BuildExtension):
-        """Compiles, and steps down to an installation without the extension where that fails."""
-
-        def build_extensions(self) -> None:
-            try:
-                super().build_extensions()
-            except Exception as error:  # compilers and torch's checks fail in many types
-                print(f"{CUDA_MODULE}: {error}")
-                left_out["cuda"] = "its compilation failed; pip install -v shows the compiler's output"
-                refuse_if_forced()
-                self.extensions.clear()
-
-    return [cpp_extension.CUDAExtension(CUDA_MODULE, sources)], {"build_ext": BuildCuda}
-
-
-def native_sources() -> list[str]:
-    return [path for pattern in NATIVE_SOURCES for path in sorted(glob(pattern))]
+    if sys.platform != "linux":
+        raise BuildError("its kernels compile on Linux only")
+    files = sources(CUDA_SOURCES)
+    if not files:
+        raise BuildError("the sources of its kernels are missing; install it from a whole checkout")
+    wanted = architectures()  # before nvcc is missed: who has no GPU needs no toolkit
+    nvcc = find_nvcc()
+    host = os.environ.get("NVCC_CCBIN") or os.environ.get("CUDAHOSTCXX")
+    compiler = [nvcc, *([f"-ccbin={host}"] if host else [])]
+    limit = os.environ.get("MAX_JOBS", "")
+    jobs = max(1, int(limit) if limit.isdecimal() else len(os.sched_getaffinity(0)))
+    flags = [*CUDA_FLAGS, *(f"-I{path}" for path in CUDA_INCLUDES), *architecture_flags(wanted, nvcc)]
+    flags.append(f"--threads={max(1, jobs // len(files))}")  # more than one architecture at a time
+    with TemporaryDirectory(dir=folder) as objects, ThreadPoolExecutor(min(jobs, len(files))) as pool:
+        compiled = [f"{objects}/{Path(file).stem}.o" for file in files]
+        commands = [(*compiler, *flags, "-c", file, "-o", made) for file, made in zip(files, compiled, strict=True)]
+        list(pool.map(lambda command: call(*command), commands))
+        call(*compiler, "-shared", "-cudart=static", *compiled, "-o", f"{objects}/{CUDA_LIBRARY}")
+        os.replace(f"{objects}/{CUDA_LIBRARY}", library)
 
 
 def build_native(folder: Path) -> None:
@@ -129,14 +228,14 @@ def build_native(folder: Path) -> None:
         raise BuildError(f"{FALLBACK} was set when it was installed")
     if os.name != "posix":
         raise BuildError("its kernels compile on Linux and macOS only")
-    sources = native_sources()
-    if not sources:
+    files = sources(NATIVE_SOURCES)
+    if not files:
         raise BuildError("the sources of its kernels are missing; install it from a whole checkout")
     compiler = new_compiler()
     customize_compiler(compiler)
     with TemporaryDirectory() as objects:
         try:
-            compiled = compiler.compile(sources, objects, include_dirs=NATIVE_INCLUDES, extra_postargs=NATIVE_FLAGS)
+            compiled = compiler.compile(files, objects, include_dirs=NATIVE_INCLUDES, extra_postargs=NATIVE_FLAGS)
             compiler.link_shared_object(compiled, str(library), target_lang="c++")
         except Exception as error:  # of a class that depends on the version of setuptools
             library.unlink(missing_ok=True)
@@ -145,30 +244,25 @@ def build_native(folder: Path) -> None:
             ) from error
 
 
-def refuse_if_forced() -> None:
-    if cuda_is_forced() and "cuda" in left_out:
-        raise SystemExit(
-            f"error: {SWITCHES}_FORCE_BUILD is set and the CUDA extension of {PACKAGE} cannot be built: "
-            f"{left_out['cuda']}."
-        )
-
-
 class BuildPackage(build_py):
     """Copies the package and tells, in it and on the screen, which backends it comes without."""
 
     def run(self) -> None:
-        refuse_if_forced()
-        if self.distribution.ext_modules:
-            self.run_command("build_ext")
         super().run()
-        folder = HERE if getattr(self, "editable_mode", False) else Path(self.build_lib)
-        try:
-            build_native(folder / PACKAGE)
-        except BuildError as error:
-            left_out["native"] = str(error)
-        for backend, reason in left_out.items():
-            print(f"{PACKAGE} comes without its {backend} backend: {reason}. The others take its place.")
-        (folder / PACKAGE / "_build.py").write_text(
+        folder = (HERE if getattr(self, "editable_mode", False) else Path(self.build_lib)) / PACKAGE
+        left_out: dict[str, str] = {}
+        for backend, build in (("cuda", build_cuda), ("native", build_native)):
+            try:
+                build(folder)
+            except BuildError as error:
+                if backend == "cuda" and cuda_is_forced():
+                    raise SystemExit(
+                        f"error: {SWITCHES}_FORCE_BUILD is set and the CUDA kernels of {PACKAGE} "
+                        f"cannot be built: {error}."
+                    ) from error
+                left_out[backend] = str(error)
+                print(f"{PACKAGE} comes without its {backend} backend: {error}. The others take its place.")
+        (folder / "_build.py").write_text(
             '"""Written by setup.py: the backends that this installation comes without, and why."""\n\n'
             f"REASONS: dict[str, str] = {left_out!r}\n",
             encoding="utf-8",
@@ -176,21 +270,14 @@ class BuildPackage(build_py):
 
 
 class BinaryDistribution(Distribution):
-    """A distribution whose wheel belongs to one platform, because of its compiled library."""
+    """A distribution whose wheel belongs to one platform, because of its compiled libraries."""
 
     def has_ext_modules(self) -> bool:
-        return bool(self.ext_modules) or (bool(native_sources()) and not switched_on(FALLBACK))
+        native = sources(NATIVE_SOURCES) and not switched_on(FALLBACK)
+        return bool(native or (sources(CUDA_SOURCES) and skip_switch() is None))
 
 
 os.chdir(HERE)  # setuptools looks for the package in the working directory
-left_out: dict[str, str] = {}
-extensions: list[Any] = []
-commands: dict[str, type] = {"build_py": BuildPackage}
-try:
-    extensions, cuda_commands = cuda_build()
-    commands.update(cuda_commands)
-except BuildError as error:
-    left_out["cuda"] = str(error)
 
 setup(
     name=PACKAGE,
@@ -200,10 +287,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
+    py_modules=[CUDA_MODULE],
     package_data={PACKAGE: ["py.typed"]},
-    ext_modules=extensions,
     distclass=BinaryDistribution,
-    cmdclass=commands,
+    cmdclass={"build_py": BuildPackage},
     python_requires=">=3.10",
     install_requires=["torch>=2.4"],
 )

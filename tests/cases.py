@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mamba_ssm.ops.mamba_inner import DirectionParameters
+
 LAYOUTS = ("channel-first", "channel-last", "strided")
 
 
@@ -137,3 +139,23 @@ SCAN = {
     "complex-constant": ScanCase(2, 6, 20, 4, B="constant", C="constant", is_complex=True),
     "complex-mixed": ScanCase(1, 6, 20, 4, B="constant", is_complex=True, z=False),
 }
+
+
+def inner_arguments(
+    batch: int, inner: int, length: int, states: int, rank: int, width: int, bare: bool
+) -> tuple[Tensor, DirectionParameters, DirectionParameters]:
+    """xz (b, 2 e, l), channels contiguous, and the parameters of both directions; `bare` leaves out what it can."""
+
+    def direction() -> DirectionParameters:
+        return DirectionParameters(
+            torch.randn(inner, 1, width) / width,
+            None if bare else torch.randn(inner),
+            torch.randn(rank + 2 * states, inner) / inner**0.5,
+            torch.randn(inner, rank) / rank**0.5,
+            torch.rand(inner, states) * 2,
+            None if bare else torch.randn(inner),
+            None if bare else torch.randn(inner) - 3,
+        )
+
+    xz = torch.randn(batch, length, 2 * inner).transpose(1, 2)
+    return xz, direction(), direction()

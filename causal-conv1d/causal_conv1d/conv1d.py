@@ -11,11 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from causal_conv1d import conv1d_native, reference
-from causal_conv1d.backend import Family, no_second_derivative, require_one_device
+from causal_conv1d import conv1d_cuda, conv1d_native, reference
+from causal_conv1d.backend import Family, no_second_derivative, refuse_forward_mode, require_one_device
+from causal_conv1d.backend.triton import TRITON
 
 FAMILY = Family(
-    "causal_conv1d", "CAUSAL_CONV1D_FORCE_FALLBACK", "causal_conv1d", "causal-conv1d", conv1d_native.LIBRARY
+    *("causal_conv1d", "CAUSAL_CONV1D_FORCE_FALLBACK", "causal_conv1d", "causal-conv1d"),
+    cuda=conv1d_cuda.LIBRARY,
+    native=conv1d_native.LIBRARY,
+    triton=TRITON,
 )
 
 # --- contract -------------------------------------------------------------------------------------------------------
@@ -71,19 +75,20 @@ torch.library.register_autograd("causal_conv1d::conv1d_backward", no_second_deri
 # --- PyTorch kernels ------------------------------------------------------------------------------------------------
 
 
-def _correlate(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, reverse: bool) -> Tensor:
+def correlate(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, reverse: bool) -> Tensor:
     """The convolution without its activation, as one multiply-add of the whole tensor per tap.
 
-    All in one dtype. Works on any layout; every pass walks memory in the order of `x`. On a CPU this beats a grouped
-    `conv1d` two to four times, and its channel-last output needs no transpose before the projections.
+    All in one dtype. Several sets of taps (s, 1, d, w) and biases (s, 1, d) run at once over x (s, b, d, l). Works on
+    any layout; every pass walks memory in the order of `x`. On a CPU this beats a grouped `conv1d` two to four times,
+    and its channel-last output needs no transpose before the projections.
     """
     length, width = x.shape[-1], weight.shape[-1]
-    taps = weight.t().contiguous()[..., None]  # (w, d, 1), channels contiguous
+    taps = weight.movedim(-1, 0).contiguous()[..., None]  # (w, ..., d, 1), channels contiguous
     out = torch.empty_like(x)
     if bias is None:
         torch.mul(x, taps[-1], out=out)
     else:
-        torch.addcmul(bias[:, None], x, taps[-1], out=out)
+        torch.addcmul(bias[..., None], x, taps[-1], out=out)
     for shift in range(1, min(width, length)):
         ahead, behind = slice(shift, None), slice(None, length - shift)
         target, source = (behind, ahead) if reverse else (ahead, behind)
@@ -103,7 +108,7 @@ def _conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, silu: bool, reverse: bool
 ) -> Tensor:
     dtype = _working_dtype(x, weight)
-    out = _correlate(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), seq_idx, reverse)
+    out = correlate(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), seq_idx, reverse)
     if silu:
         F.silu(out, inplace=True)
     return out.to(x.dtype)
@@ -122,10 +127,10 @@ def _conv1d_backward(
     dtype = _working_dtype(x, weight)
     columns, taps, grad = x.to(dtype), weight.to(dtype), dout.to(dtype)
     if silu:
-        out = _correlate(columns, taps, None if bias is None else bias.to(dtype), seq_idx, reverse)
+        out = correlate(columns, taps, None if bias is None else bias.to(dtype), seq_idx, reverse)
         grad = torch.ops.aten.silu_backward(grad, out)
     # The gradient of a causal correlation is the same correlation, run the other way.
-    dx = torch.empty_like(x).copy_(_correlate(grad, taps, None, seq_idx, not reverse))
+    dx = torch.empty_like(x).copy_(correlate(grad, taps, None, seq_idx, not reverse))
     length, width = x.shape[-1], weight.shape[-1]
     dweight = torch.zeros_like(taps, memory_format=torch.contiguous_format)
     for shift in range(min(width, length)):
@@ -151,9 +156,13 @@ def _conv1d_update(
     return reference.conv1d_update_reference(x, conv_state, weight, bias, cache_seqlens, silu=silu).contiguous()
 
 
-FAMILY.native_kernel("conv1d", conv1d_native.conv1d)
-FAMILY.native_kernel("conv1d_backward", conv1d_native.conv1d_backward)
-FAMILY.native_kernel("conv1d_update", conv1d_native.conv1d_update)
+FAMILY.compiled_kernel("cuda", "conv1d", conv1d_cuda.conv1d)
+FAMILY.compiled_kernel("cuda", "conv1d_backward", conv1d_cuda.conv1d_backward)
+FAMILY.compiled_kernel("cuda", "conv1d_update", conv1d_cuda.conv1d_update)
+FAMILY.compiled_kernel("native", "conv1d", conv1d_native.conv1d)
+FAMILY.compiled_kernel("native", "conv1d_backward", conv1d_native.conv1d_backward)
+FAMILY.compiled_kernel("native", "conv1d_update", conv1d_native.conv1d_update)
+FAMILY.triton_kernel("causal_conv1d.conv1d_triton", "conv1d", "conv1d_backward", "conv1d_update")
 
 # --- public functions -----------------------------------------------------------------------------------------------
 
@@ -211,6 +220,7 @@ def causal_conv1d_fn(
     Accumulates in at least fp32. Definition: `reference.conv1d_reference`.
     """
     silu = _wants_silu(activation)
+    refuse_forward_mode("causal_conv1d_fn", x, weight, bias, initial_states)
     if isinstance(seq_idx, str):
         raise TypeError(f"`seq_idx` must be a tensor, got {seq_idx!r}; pass the activation as activation={seq_idx!r}")
     if x.dim() != 3:
@@ -224,19 +234,23 @@ def causal_conv1d_fn(
         raise ValueError(
             "`seq_idx` cannot be combined with `initial_states` or `return_final_states`: pass one or the other"
         )
-    columns = x if initial_states is None else _prepend(initial_states.to(x.dtype), x)
+    columns = x if initial_states is None else prepend(initial_states.to(x.dtype), x)
     out = torch.ops.causal_conv1d.conv1d(columns, weight, bias, seq_idx, silu, False)[..., -length:]
     if not return_final_states:
         return out
-    read = columns.shape[-1]
-    final_states = F.pad(columns, (max(0, history - read), 0))[..., max(0, read - history) :]
+    final_states = last_columns(columns, history)
     if final_states_out is None:
         return out, final_states.contiguous()
     _check_shape("final_states_out", final_states_out, "(b, d, w - 1)", (batch, channels, history))
     return out, final_states_out.copy_(final_states)
 
 
-def _prepend(states: Tensor, x: Tensor) -> Tensor:
+def last_columns(x: Tensor, count: int) -> Tensor:
+    """The last columns of x (b, d, l), with zeros before them where there are fewer."""
+    return F.pad(x, (max(0, count - x.shape[-1]), 0))[..., max(0, x.shape[-1] - count) :]
+
+
+def prepend(states: Tensor, x: Tensor) -> Tensor:
     """(b, d, w - 1 + l), in the layout of `x`."""
     if x.stride(1) == 1:
         return torch.cat([states.transpose(1, 2), x.transpose(1, 2)], dim=1).transpose(1, 2)
@@ -299,7 +313,7 @@ def causal_conv1d_ref(
         return out
     history = weight.shape[1] - 1
     read = x if initial_states is None else torch.cat([initial_states.to(x.dtype), x], dim=-1)
-    final_states = F.pad(read, (history, 0))[..., read.shape[-1] :]
+    final_states = last_columns(read, history)
     return out, final_states if final_states_out is None else final_states_out.copy_(final_states)
 
 

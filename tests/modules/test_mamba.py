@@ -199,6 +199,13 @@ def test_any_norm_serves_a_plain_block() -> None:
         Block(8, Mamba, lambda dim: nn.Identity(), fused_add_norm=True)
 
 
+@pytest.mark.parametrize("name", ["d_model", "d_conv", "dt_rank", "expand"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_sizes_must_be_positive(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` must be positive, got {value}"):
+        Mamba(**{"d_model": 8, name: value})
+
+
 def test_fp64_is_never_narrowed() -> None:
     block = make_block(fused_add_norm=True, residual_in_fp32=True).double()
     hidden, residual = block(torch.randn(1, 3, 8, dtype=torch.float64))

@@ -35,10 +35,11 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     wanted = session.config.getoption("--instruction-set")
     for family in backends.families():
         missing = family.missing("native")
-        if missing is not None or family.native is None:
+        engine = family.engines.get("native")
+        if missing is not None or engine is None:
             pytest.exit(f"the native backend of {family.name} cannot run: {missing}", returncode=1)
-        if wanted not in (None, family.native.instruction_set):
-            pytest.exit(f"{family.name} runs on {family.native.instruction_set}, not on {wanted}", returncode=1)
+        if wanted not in (None, engine.detail):
+            pytest.exit(f"{family.name} runs on {engine.detail}, not on {wanted}", returncode=1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -11,6 +11,7 @@ import torch
 
 import causal_conv1d
 from causal_conv1d import backend as backends
+from causal_conv1d.backend import triton
 
 VARIABLES = ("CAUSAL_CONV1D_FORCE_FALLBACK", "SELECTIVE_SCAN_FORCE_FALLBACK")
 
@@ -63,6 +64,88 @@ def test_an_explicit_request_never_steps_down(family: backends.Family) -> None:
         pass
     with pytest.raises(ValueError, match="'tpu'"), backends.use_backend("tpu"):
         pass
+
+
+class Engine:
+    """Runs kernels, or says why not."""
+
+    def __init__(self, missing: str | None = None) -> None:
+        self.missing = missing
+        self.detail = "of the test"
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> dict[str, Engine]:
+    monkeypatch.setattr(backends, "_families", {})
+    return {"cuda": Engine(), "triton": Engine(), "native": Engine()}
+
+
+def family_of(engines: dict[str, Engine]) -> backends.Family:
+    """Each op's kernel answers with its backend's name; `odd` runs on triton and torch only, `whole` is made of ops."""
+    made = backends.Family("trial", "TRIAL_FORCE_FALLBACK", "causal_conv1d", "causal-conv1d", **engines)
+    for name in backends.BACKENDS:
+        made.kernel(name, "plain")(lambda x, name=name: name)
+    made.kernel("triton", "odd")(lambda x: "triton")
+    for op in ("odd", "whole"):
+        made.kernel("torch", op)(lambda x: "torch")
+    made.compose("whole")
+    return made
+
+
+def test_cuda_goes_before_triton_and_that_before_torch(engines: dict[str, Engine]) -> None:
+    made = family_of(engines)
+    assert made.choose("plain", "cuda")(0) == "cuda"
+    assert made.choose("plain", "cpu")(0) == "native"
+    assert made.choose("odd", "cuda")(0) == "triton"
+    engines["cuda"].missing = ""
+    assert made.choose("plain", "cuda")(0) == "triton"
+    engines["triton"].missing = "triton is not installed"
+    assert made.choose("plain", "cuda")(0) == "torch"
+    assert made.choose("odd", "cuda")(0) == "torch"
+    assert made.missing("triton") == "triton is not installed"
+    assert made.missing("cuda")  # its engine does not know why, the notes of the build do
+    assert "native available (of the test)" in backends.report()
+
+
+def test_what_is_made_of_ops_runs_wherever_they_do(engines: dict[str, Engine]) -> None:
+    made = family_of(engines)
+    assert made.choose("whole", "cuda")(0) == "torch"
+    for name, device in (("cuda", "cuda"), ("triton", "cuda"), ("native", "cpu")):
+        with backends.use_backend(name):
+            assert made.choose("whole", device)(0) == "torch"
+            assert made.choose("plain", device)(0) == name
+    with backends.use_backend("cuda"), pytest.raises(RuntimeError, match="cuda backend has no kernel for odd"):
+        made.choose("odd", "cuda")
+
+
+def test_arguments_that_a_compiled_kernel_cannot_take(engines: dict[str, Engine]) -> None:
+    made = family_of(engines)
+    made.compiled_kernel("cuda", "odd", lambda x: None if x > 3 else "cuda")
+    assert made.choose("odd", "cuda")(3) == "cuda"
+    assert made.choose("odd", "cuda")(4) == "torch"
+    with backends.use_backend("cuda"), pytest.raises(RuntimeError, match="cuda backend cannot run odd with these"):
+        made.choose("odd", "cuda")(4)
+
+
+@pytest.mark.parametrize(
+    ("version", "gpu", "interpreted", "reason"),
+    [
+        ("3.9.0", True, "0", None),
+        ("3.9.0", False, "1", None),
+        ("3.9.0", False, "0", "torch finds no GPU"),
+        ("3.2.0", True, "0", "triton 3.2.0 is older than 3.3"),
+        ("", True, "0", "triton is not installed"),
+    ],
+)
+def test_where_triton_runs(
+    monkeypatch: pytest.MonkeyPatch, version: str, gpu: bool, interpreted: str, reason: str | None
+) -> None:
+    engine = triton.Triton()
+    engine.__dict__["detail"] = version
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    assert (engine.missing is None) == (reason is None)
+    assert str(engine.missing).startswith(str(reason))
 
 
 def test_the_report_names_every_family_and_reason() -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cases import inner_arguments
 from causal_conv1d import backend as backends
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from causal_conv1d.backend import use_backend
@@ -23,7 +24,7 @@ from mamba_ssm.ops.mamba_inner import DirectionParameters, bidirectional_inner
 from mamba_ssm.ops.norm import RMSNorm, layer_norm_fn
 from mamba_ssm.ops.selective_scan import selective_scan_fn, selective_scan_ref
 from mamba_ssm.ops.selective_scan_torch import Direction
-from native_kernels import count_calls, inner_arguments, needs_kernels
+from native_kernels import count_calls, needs_kernels
 from tolerances import RELATIVE, assert_close
 
 pytestmark = needs_kernels

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from cases import inner_arguments
 from causal_conv1d.backend import use_backend
 from mamba_ssm.modules.mamba_simple import Block, Mamba
 from mamba_ssm.ops.mamba_inner import DirectionParameters, bidirectional_inner
 from mamba_ssm.ops.norm import layer_norm_fn
-from native_kernels import count_calls, inner_arguments, needs_kernels
+from native_kernels import count_calls, needs_kernels
 from tolerances import RELATIVE, assert_close, relative_error
 
 pytestmark = needs_kernels

@@ -3,7 +3,8 @@
 An op family (the causal convolution, the selective scan) registers its kernels here, per backend; `Family.choose`
 picks one for the device of the tensors at hand. A backend changes the speed of a call, never its result.
 
-    cuda     CUDA tensors, compiled extension modules
+    cuda     CUDA tensors, compiled CUDA kernels
+    triton   CUDA tensors, kernels that triton compiles when they are first called
     native   CPU tensors, compiled C++ kernels
     torch    any device, pure PyTorch; always there
 
@@ -20,21 +21,42 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
-from causal_conv1d.backend.native import Library
-
-BACKENDS = ("cuda", "native", "torch")
-DEVICE_OF = {"cuda": "cuda", "native": "cpu"}  # the only device a compiled backend runs on
+BACKENDS = ("cuda", "triton", "native", "torch")
+DEVICE_OF = {"cuda": "cuda", "triton": "cuda", "native": "cpu"}  # the only device a compiled backend runs on
 TRUE_VALUES = frozenset({"TRUE", "1", "YES", "ON"})
+
+LIMITS = {
+    "cuda": "it computes in fp32, in states of at most 256 numbers",
+    "triton": "it computes real numbers in fp32",
+    "native": "it computes real numbers in fp32",
+}
 
 logger = logging.getLogger("causal_conv1d.backend")
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 _requested: ContextVar[str | None] = ContextVar("requested_backend", default=None)
 _families: dict[str, Family] = {}
+
+
+class Engine(Protocol):
+    """What runs the kernels of a compiled backend.
+
+    Attributes:
+        missing: why it cannot run, as a clause that a user can act on; None where it can; "" where it was not built,
+            for which the package's build notes know the reason.
+        detail: what a user may want to know about it, such as the instructions that it uses; "" for nothing.
+    """
+
+    @property
+    def missing(self) -> str | None: ...
+    @property
+    def detail(self) -> str: ...
 
 
 class Family:
@@ -45,17 +67,18 @@ class Family:
         variable: the environment variable that forces the `torch` backend.
         package: the import name of the package that owns the kernels; its build notes say why one is missing.
         folder: the package's folder in the repository, for the command that mends a missing backend.
-        native: the package's compiled CPU kernels.
+        engines: what runs the compiled backends.
     """
 
-    def __init__(self, name: str, variable: str, package: str, folder: str, native: Library | None = None) -> None:
+    def __init__(self, name: str, variable: str, package: str, folder: str, **engines: Engine) -> None:
         self.name = name
         self.variable = variable
         self.package = package
         self.folder = folder
-        self.native = native
+        self.engines = engines
         self._kernels: dict[str, dict[str, Callable[..., Any]]] = {backend: {} for backend in BACKENDS}
         self._others: dict[str, Family] = {}
+        self._compositions: set[str] = set()
         self._forced: bool | None = None
         self._told: set[str] = set()
         _families[name] = self
@@ -73,28 +96,38 @@ class Family:
         """Let each op, which does the work of `other` too, run on what both families prefer, else on `torch`."""
         self._others.update(dict.fromkeys(ops, other))
 
-    def native_kernel(self, op: str, function: Callable[..., Any]) -> None:
-        """Make `function` the compiled CPU kernel of `op`, if the compiled library is there.
+    def compose(self, *ops: str) -> None:
+        """Let the `torch` kernel of each op, made of other ops, run on backends that have none of their own."""
+        self._compositions.update(ops)
+
+    def compiled_kernel(self, backend: str, op: str, function: Callable[..., Any]) -> None:
+        """Make `function` the kernel of `op` on a compiled backend.
 
         It returns None for a call that it cannot run: an automatic choice then takes the `torch` kernel.
         """
-        if self.native is None or self.native.missing is not None:
-            return
 
         def run(*args: Any) -> Any:
             result = function(*args)
-            return self._stand_in(op)(*args) if result is None else result
+            return self._stand_in(backend, op)(*args) if result is None else result
 
-        self._kernels["native"][op] = run
+        self._kernels[backend][op] = run
 
-    def _stand_in(self, op: str) -> Callable[..., Any]:
+    def triton_kernel(self, module: str, *ops: str) -> None:
+        """Make functions of this module, of the ops' names, their kernels; imported when one is called."""
+
+        def caller(op: str) -> Callable[..., Any]:
+            return lambda *args: getattr(importlib.import_module(module), op)(*args)
+
+        for op in ops:
+            self.compiled_kernel("triton", op, caller(op))
+
+    def _stand_in(self, backend: str, op: str) -> Callable[..., Any]:
         """The `torch` kernel, for a call whose arguments the compiled one cannot take."""
         if _requested.get() is not None:
             raise RuntimeError(
-                f"the native backend cannot run {op} with these arguments (it computes real numbers in fp32); "
-                "use the torch backend"
+                f"the {backend} backend cannot run {op} with these arguments ({LIMITS[backend]}); use the torch backend"
             )
-        self._tell_once(f"{op}: the native backend cannot run these arguments; the torch backend runs them")
+        self._tell_once(f"{op}: the {backend} backend cannot run these arguments; the torch backend runs them")
         return self._kernel_of("torch", op)
 
     @property
@@ -110,9 +143,10 @@ class Family:
             return None
         if self.forced:
             return f"{self.variable} is set"
-        if backend == "native" and self.native is not None and self.native.missing:
-            return self.native.missing
-        if not self._kernels[backend]:
+        engine = self.engines.get(backend)
+        if engine is not None and engine.missing:
+            return engine.missing
+        if not self._kernels[backend] or (engine is not None and engine.missing is not None):
             return _build_notes(self.package).get(backend, "its kernels were not built")
         return None
 
@@ -133,18 +167,24 @@ class Family:
         if requested is not None:
             self._require(requested, op, device_type)
             return requested
-        backend = self.preferred(device_type)
+        preferred = self.preferred(device_type)
         other = self._others.get(op)
-        if other is not None and other.preferred(device_type) != backend:
+        if other is not None and other.preferred(device_type) != preferred:
             return "torch"
-        if op not in self._kernels[backend]:
-            self._tell_once(f"{op}: the {backend} backend has no kernel for it; the torch backend runs it")
-            backend = "torch"
+        if op in self._kernels[preferred]:
+            return preferred
+        for backend in BACKENDS[BACKENDS.index(preferred) :]:
+            suits = DEVICE_OF.get(backend, device_type) == device_type
+            if suits and op in self._kernels[backend] and self.missing(backend) is None:
+                break
+        if backend == "torch" and op not in self._compositions:
+            self._tell_once(f"{op}: the {preferred} backend has no kernel for it; the torch backend runs it")
         return backend
 
     def choose(self, op: str, device_type: str) -> Callable[..., Any]:
         """The kernel of `backend_for`. Raises RuntimeError as it does, and if there is no kernel for the op at all."""
-        return self._kernel_of(self.backend_for(op, device_type), op)
+        backend = self.backend_for(op, device_type)
+        return self._kernel_of("torch" if op not in self._kernels[backend] else backend, op)
 
     def _kernel_of(self, backend: str, op: str) -> Callable[..., Any]:
         found = self._kernels[backend].get(op)
@@ -181,7 +221,7 @@ class Family:
                 f"the {backend} backend runs {device} tensors and {op} got {device_type} tensors; "
                 f"move them with .to({device!r}) or use the torch backend"
             )
-        if op not in self._kernels[backend]:
+        if op not in self._kernels[backend] and op not in self._compositions:
             raise RuntimeError(f"the {backend} backend has no kernel for {op}; use the torch backend")
 
     def _tell_once(self, message: str) -> None:
@@ -202,6 +242,20 @@ def require_one_device(**tensors: Any) -> None:
                 f"all tensors must be on one device, and `{given[0][0]}` is on {given[0][1]} while `{name}` is on "
                 f"{device}; move them with .to(...)"
             )
+
+
+def differentiates_forward() -> bool:
+    """Whether tensors may carry tangents here, which an op would drop."""
+    return forward_ad._current_level >= 0
+
+
+def refuse_forward_mode(function: str, *tensors: Tensor | None) -> None:
+    """Raise NotImplementedError if one of these carries a tangent: an op would drop it, and answer with zeros."""
+    if not differentiates_forward():
+        return
+    if any(value is not None and forward_ad.unpack_dual(value).tangent is not None for value in tensors):
+        definition = function.removesuffix("_fn") + "_ref"
+        raise NotImplementedError(f"{function} has no forward-mode derivative; differentiate {definition} instead")
 
 
 def no_second_derivative(function: str) -> Callable[..., Any]:
@@ -228,7 +282,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Force one backend for every op called inside, gradients included if `backward()` is called inside too.
 
     Args:
-        name: "cuda", "native" or "torch".
+        name: "cuda", "triton", "native" or "torch".
 
     Raises:
         ValueError: an unknown name.
@@ -264,6 +318,7 @@ def report() -> str:
         )
         for backend in BACKENDS:
             reason = family.missing(backend)
-            how = f" ({family.native.instruction_set})" if backend == "native" and family.native else ""
+            engine = family.engines.get(backend)
+            how = f" ({engine.detail})" if engine is not None and engine.detail else ""
             lines.append(f"  {backend:<7}{f'available{how}' if reason is None else 'not available: ' + reason}")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -63,9 +64,18 @@ class Call:
 
     def parameter(self, value: Tensor | None) -> Call:
         """A parameter, as the address of contiguous fp32 numbers; 0 for none."""
-        if value is not None and not (value.dtype is torch.float32 and value.is_contiguous()):
-            value = self.kept(value.detach().to(torch.float32).contiguous())
-        return self.address(value)
+        return self.parameters((value,))
+
+    def parameters(self, values: Iterable[Tensor | None]) -> Call:
+        """Several of them. A model has 500, so that each attribute counts."""
+        for value in values:
+            if value is None:
+                self._values.append(0)
+            elif value.dtype is torch.float32 and value.is_contiguous():
+                self._values.append(value.data_ptr() if value.is_cpu else pointer(value))
+            else:
+                self.address(self.kept(value.detach().to(torch.float32).contiguous()))
+        return self
 
     def run(self, library: Library, kernel: str) -> None:
         """Run it. Raises RuntimeError or MemoryError if the kernel refuses."""

@@ -12,6 +12,7 @@ import ctypes
 import importlib.util
 import struct
 from array import array
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -20,29 +21,39 @@ import torch
 from causal_conv1d.backend.memory import keep_freed_memory
 
 ABI = 4  # as in csrc/cpu/platform.h
-FILE = "kernels.cpu.so"
 FAILURES = {1: "got a wrong list of arguments", 2: "found no memory left"}
 
 
-class Library:
-    """The compiled kernels of one package.
+class CompiledLibrary:
+    """The kernels of one package that were compiled for one kind of device.
 
     Args:
         package: its import name; the library lies in its folder.
 
     Attributes:
-        missing: why the kernels cannot run, as a clause that a user can act on; None where they can; "" where they
-            were not built, for which the package's build notes know the reason.
-        instruction_set: "avx512", "avx2", "neon" or "generic": what the kernels use on this machine.
+        detail: as `backend.Engine`.
     """
 
+    file: str
+    abi_function: str
+    abi: int
+
     def __init__(self, package: str) -> None:
-        self.instruction_set = ""
-        self.missing: str | None = ""
+        self.detail = ""
+        self._fault: str | None = ""
         spec = importlib.util.find_spec(package)
-        path = Path(spec.origin).parent / FILE if spec is not None and spec.origin else Path(FILE)
+        path = Path(spec.origin).parent / self.file if spec is not None and spec.origin else Path(self.file)
         if path.is_file():
-            self.missing = self._open(path)
+            self.load(path)
+
+    def load(self, path: Path) -> None:
+        """Take the kernels from this file; `missing` says if that fails."""
+        self._fault = self._open(path)
+
+    @property
+    def missing(self) -> str | None:
+        """As `backend.Engine`."""
+        return self._fault
 
     def _open(self, path: Path) -> str | None:
         """Load the library; why it cannot be used, None if it can."""
@@ -50,14 +61,37 @@ class Library:
             return f"{path.name} is cut short, which a new installation mends"
         try:
             self._library = ctypes.CDLL(str(path))
-            abi, name = self._library.native_abi, self._library.native_instruction_set
+            abi = getattr(self._library, self.abi_function)
+            abi.restype = ctypes.c_int64
+            if abi() != self.abi:
+                return f"{path.name} belongs to another version of this package, which a new installation mends"
+            self._look_at(self._library)
+            return None
         except (OSError, AttributeError) as error:
             return f"{path.name} cannot be loaded ({error}), which a new installation mends"
-        abi.restype, name.restype = ctypes.c_int64, ctypes.c_char_p
-        if abi() != ABI:
-            return f"{path.name} belongs to another version of this package, which a new installation mends"
-        self.instruction_set = name().decode()
-        return None
+
+    def _look_at(self, library: ctypes.CDLL) -> None:
+        """Set `detail`."""
+        raise NotImplementedError
+
+    def _run(self, kernel: str, values: Iterable[int]) -> int:
+        arguments = array("q", values)
+        address, count = arguments.buffer_info()
+        code: int = getattr(self._library, kernel)(ctypes.c_void_p(address), ctypes.c_int64(count))
+        return code
+
+
+class Library(CompiledLibrary):
+    """The compiled CPU kernels of one package; the detail is "avx512", "avx2", "neon" or "generic"."""
+
+    file = "kernels.cpu.so"
+    abi_function = "native_abi"
+    abi = ABI
+
+    def _look_at(self, library: ctypes.CDLL) -> None:
+        name = library.native_instruction_set
+        name.restype = ctypes.c_char_p
+        self.detail = name().decode()
 
     def call(self, kernel: str, values: list[int]) -> None:
         """Run a kernel on torch's threads, `torch.get_num_threads()` of them.
@@ -66,9 +100,7 @@ class Library:
             RuntimeError, MemoryError: the kernel did not run; nothing was written.
         """
         keep_freed_memory()
-        arguments = array("q", (fork_address(), torch.get_num_threads(), *values))
-        address, count = arguments.buffer_info()
-        code = getattr(self._library, kernel)(ctypes.c_void_p(address), ctypes.c_int64(count))
+        code = self._run(kernel, (fork_address(), torch.get_num_threads(), *values))
         if code:
             error = MemoryError if code == 2 else RuntimeError
             raise error(f"the native kernel {kernel} {FAILURES.get(code, f'failed with code {code}')}")

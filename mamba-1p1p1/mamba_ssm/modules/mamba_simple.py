@@ -23,6 +23,7 @@ from torch.nn.modules.module import (
 )
 
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from causal_conv1d.backend import differentiates_forward
 from causal_conv1d.backend.machine import has_fast_bf16
 from mamba_ssm.ops.mamba_inner import (
     DirectionParameters,
@@ -31,6 +32,7 @@ from mamba_ssm.ops.mamba_inner import (
     bimamba_inner_fn,
     decay_rates,
     mamba_inner_fn,
+    refuse_meta,
     trained_mixer,
 )
 from mamba_ssm.ops.norm import RMSNorm, layer_norm_fn, rms_norm_fn
@@ -60,7 +62,7 @@ class Mamba(nn.Module):
         init_layer_scale: the start value of a learned scale per output channel, `gamma`; None for no scale.
 
     Raises:
-        ValueError: an unknown `bimamba_type`.
+        ValueError: an unknown `bimamba_type`, or a size that is not positive.
         NotImplementedError: an unknown `dt_init`.
     """
 
@@ -91,6 +93,9 @@ class Mamba(nn.Module):
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
+        for name in ("d_model", "d_conv", "dt_rank", "expand"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}")
         self.layer_idx, self.use_fast_path = layer_idx, use_fast_path
         self.if_divide_out, self.init_layer_scale = if_divide_out, init_layer_scale
         self.activation, self.act = "silu", nn.SiLU()
@@ -415,6 +420,8 @@ def _serves_at_once(x: Tensor, residual: Tensor | None) -> bool:
     """Whether `mamba_ssm::bidirectional_blocks` serves such tokens now."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or x.device.type != "cpu":
         return False
+    if differentiates_forward():
+        return False
     if torch.compiler.is_compiling() and not TRACEABLE:
         return False
     if x.dtype is not torch.float32 and (x.dtype is not torch.bfloat16 or has_fast_bf16()):
@@ -489,6 +496,7 @@ def _run_at_once(
     sizes: tuple[Any, ...], hidden: Tensor, residual: Tensor | None, parameters: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
     rms, eps, scale, *_ = sizes
+    refuse_meta(hidden, *parameters)
     out, total = torch.ops.mamba_ssm.bidirectional_blocks(hidden, residual, parameters, eps, rms is RMSNorm, scale)
     return out, total
 

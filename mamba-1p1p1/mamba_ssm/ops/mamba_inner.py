@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from causal_conv1d.backend import differentiates_forward
 from causal_conv1d.conv1d import FAMILY as CONVOLUTIONS
 from causal_conv1d.reference import conv1d_reference
+from mamba_ssm.ops import mamba_inner_torch
 from mamba_ssm.ops import mamba_inner_training as training
 from mamba_ssm.ops import selective_scan_native as native
 from mamba_ssm.ops.mamba_inner_training import NO_PROJECTIONS, DirectionParameters, OuterProjections
@@ -37,6 +39,7 @@ LIBRARY.define(
 )
 FAMILY.implement(LIBRARY, "bidirectional_inner", "bidirectional_blocks")
 FAMILY.join(CONVOLUTIONS, "bidirectional_inner", "bidirectional_blocks")
+FAMILY.compose("bidirectional_inner", "bidirectional_blocks")
 
 
 @torch.library.register_fake("mamba_ssm::bidirectional_blocks", lib=LIBRARY)
@@ -49,12 +52,13 @@ def _blocks_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def _blocks_torch(
     x: Tensor, residual: Tensor | None, parameters: list[Tensor | None], eps: float, rms: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
+    inner = FAMILY.choose("bidirectional_inner", x.device.type)
     for first in range(0, len(parameters), native.PER_BLOCK):
         own: list[Any] = parameters[first : first + native.PER_BLOCK]
         normed, total = layer_norm_fn(
             x, own[0], own[1], residual, eps=eps, prenorm=True, residual_in_fp32=True, is_rms_norm=rms
         )
-        y = _inner_torch(F.linear(normed, own[2], own[3]).transpose(1, 2), *own[6:], scale)
+        y = inner(F.linear(normed, own[2], own[3]).transpose(1, 2), *own[6:], scale)
         x, residual = F.linear(y.transpose(1, 2), own[4], own[5]), total.clone() if total is x else total
     assert residual is not None
     return x, residual
@@ -69,11 +73,16 @@ def _inner_fake(xz: Tensor, *arguments: Any) -> Tensor:
 @FAMILY.kernel("torch", "bidirectional_inner")
 def _inner_torch(xz: Tensor, *arguments: Any) -> Tensor:
     *parameters, scale = arguments
-    return _compose(xz, *training.of_both_directions(tuple(parameters)), scale)
+    forward, backward = training.of_both_directions(tuple(parameters))
+    device = xz.device.type
+    parts = (CONVOLUTIONS.backend_for("conv1d", device), FAMILY.backend_for("bidirectional_scan", device))
+    if parts == ("torch", "torch") and mamba_inner_torch.can_run(xz, forward, backward):
+        return mamba_inner_torch.run_inner(xz, forward, backward, scale)
+    return compose(xz, forward, backward, scale)
 
 
-FAMILY.native_kernel("bidirectional_inner", native.bidirectional_inner)
-FAMILY.native_kernel("bidirectional_blocks", native.bidirectional_blocks)
+FAMILY.compiled_kernel("native", "bidirectional_inner", native.bidirectional_inner)
+FAMILY.compiled_kernel("native", "bidirectional_blocks", native.bidirectional_blocks)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool = False) -> Tensor:
@@ -246,12 +255,13 @@ def bidirectional_inner(
     """
     _split(xz)
     arguments = (*forward, *backward)
-    if not _needs_gradient(xz, *arguments):
+    refuse_meta(xz, *arguments)
+    if not _needs_gradient(xz, *arguments) and not differentiates_forward():
         return torch.ops.mamba_ssm.bidirectional_inner(xz, *arguments, scale)
     if xz.numel() and native.fits(xz.shape[1] // 2, arguments) and _trains_at_once(xz, *arguments):
         y: Tensor = training.BidirectionalMixer.apply(xz, scale, *NO_PROJECTIONS, *arguments)
         return y
-    return _compose(xz, forward, backward, scale)
+    return compose(xz, forward, backward, scale)
 
 
 def trained_mixer(
@@ -274,6 +284,15 @@ def trained_mixer(
     return found
 
 
+def refuse_meta(x: Tensor, *parameters: Tensor | None) -> None:
+    """Raise RuntimeError for a parameter without memory: an op would take it all for a question about shapes."""
+    if not x.is_meta and any(value is not None and value.is_meta for value in parameters):
+        raise RuntimeError(
+            f"the input is on {x.device} and a parameter of the block on meta, where nothing has a value; load its "
+            "weights first"
+        )
+
+
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
 
@@ -284,7 +303,8 @@ def _trains_at_once(*tensors: Tensor | None) -> bool:
     return FAMILY.backend_for("bidirectional_inner", "cpu") == "native"
 
 
-def _compose(xz: Tensor, forward: DirectionParameters, backward: DirectionParameters, scale: float) -> Tensor:
+def compose(xz: Tensor, forward: DirectionParameters, backward: DirectionParameters, scale: float) -> Tensor:
+    """`bidirectional_inner`, composed of the ops of its parts."""
     x, z = _split(xz)
     scans = []
     for parameters, reverse in ((forward, False), (backward, True)):

@@ -2,21 +2,23 @@
 
 Glossary: x a branch's output, residual the sum of the branches before, s their sum, n features (last axis).
 Everything runs in at least fp32 (fp64 stays fp64), and the unrounded s is what is normalised, also where the
-stored residual is rounded to fp16 or bf16. Gradients come from autograd, on every device and when compiled. On a CPU
-one compiled kernel does it all, in fp32 its gradients too.
+stored residual is rounded to fp16 or bf16. Gradients come from autograd, on every device and when compiled. One
+compiled kernel does it all where there is one: on a CPU, in fp32 its gradients too; on a GPU by triton.
 
 Source: Layer normalisation, arXiv 1607.06450; RMS normalisation, arXiv 1910.07467.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import importlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from causal_conv1d.backend import differentiates_forward
 from mamba_ssm.ops import norm_native
 from mamba_ssm.ops.selective_scan import FAMILY
 
@@ -65,7 +67,11 @@ def _add_norm_torch(
     return y, s.clone() if s is x or s is residual else s
 
 
-FAMILY.native_kernel("add_norm", norm_native.add_norm)
+# The modules of compiled kernels: what their kernels take (`runs`, `trains`), and `AddNorm`, the op with gradients.
+KERNELS = {"native": "mamba_ssm.ops.norm_native", "triton": "mamba_ssm.ops.norm_triton"}
+FAMILY.compiled_kernel("native", "add_norm", norm_native.add_norm)
+FAMILY.triton_kernel(KERNELS["triton"], "add_norm")
+FAMILY.compose("add_norm")
 
 
 def layer_norm_fn(
@@ -116,15 +122,12 @@ def layer_norm_fn(
     """
     _check_arguments(x, weight, bias, residual, x1, weight1, bias1, dropout_p, rowscale)
     plain = x1 is None and weight1 is None and rowscale is None and dropout_p == 0.0 and not return_dropout_mask
-    runs = _kernel_for(x, residual, weight, bias) if plain else None
-    if runs == "training":
-        y, s = norm_native.AddNorm.apply(x, residual, weight, bias, eps, is_rms_norm)
-        return (y, x if s is None else s) if prenorm else y
-    if runs == "inference":
+    run = _kernel_for(x, residual, weight, bias) if plain else None
+    if run is not None:
         stored = None
         if prenorm and (residual is not None or (residual_in_fp32 and x.dtype != torch.float32)):
             stored = torch.float32 if residual is None else residual.dtype
-        y, s = torch.ops.mamba_ssm.add_norm(x, residual, weight, bias, eps, is_rms_norm, stored)
+        y, s = run(x, residual, weight, bias, eps, is_rms_norm, stored)
         return (y, x if stored is None else s) if prenorm else y
     mask = mask1 = None
     if dropout_p > 0.0:
@@ -363,20 +366,23 @@ def config_prune(configs: Iterable[Any]) -> list[Any]:
     return [config for config in configs if config.num_warps * warp_size <= MAX_THREADS_PER_BLOCK]
 
 
-def _kernel_for(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> str | None:
-    """Whether a compiled kernel runs this call: for "inference", for "training", with gradients in fp32, or None.
+def _kernel_for(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> Callable[..., Any] | None:
+    """What runs this call on a compiled kernel: the op, or `AddNorm` where gradients are wanted. None: PyTorch does.
 
-    A compiler fuses the plain operations by itself.
+    A compiler fuses the plain operations by itself, and only they have forward-mode derivatives.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not norm_native.runs(x, residual, weight, bias):
+    if differentiates_forward() or torch.compiler.is_compiling():
         return None
+    module = KERNELS.get(FAMILY.backend_for("add_norm", x.device.type))
+    if module is None:
+        return None
+    kernels = importlib.import_module(module)
     tensors = (x, residual, weight, bias)
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if trains and not norm_native.trains(*tensors):
+    if not kernels.runs(*tensors):
         return None
-    if FAMILY.backend_for("add_norm", "cpu") != "native":
-        return None
-    return "training" if trains else "inference"
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        return torch.ops.mamba_ssm.add_norm
+    return kernels.AddNorm.apply if kernels.trains(*tensors) else None
 
 
 def _rms_norm(s: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

@@ -57,11 +57,18 @@ def trains(*tensors: Tensor | None) -> bool:
 
 
 class AddNorm(torch.autograd.Function):
-    """`add_norm` in fp32, with gradients: y, and the sum s where there is a residual (else None)."""
+    """`add_norm` in fp32, with gradients: y, and the sum s if it is to be `stored` (else None)."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        rms: bool,
+        stored: torch.dtype | None,
     ) -> tuple[Tensor, Tensor | None]:
         """x, residual: (..., n). weight, bias: (n,)."""
         found = add_norm(x, residual, weight, bias, eps, rms, None if residual is None else torch.float32)
@@ -70,14 +77,14 @@ class AddNorm(torch.autograd.Function):
         ctx.save_for_backward(x.contiguous() if residual is None else s, weight)
         ctx.eps, ctx.rms, ctx.has_residual, ctx.has_bias = eps, rms, residual is not None, bias is not None
         ctx.set_materialize_grads(False)
-        return y, None if residual is None else s
+        return y, None if stored is None else s
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of x, residual (the same tensor), weight and bias."""
         if dy is None:
-            return ds, ds, None, None, None, None
+            return ds, ds, None, None, None, None, None
         s, weight = ctx.saved_tensors
         features = s.shape[-1]
         dy, ds = dy.contiguous(), None if ds is None else ds.contiguous()
@@ -88,4 +95,4 @@ class AddNorm(torch.autograd.Function):
             call.integers(s.numel() // features, features).number(ctx.eps).integers(ctx.rms)
             call.run(LIBRARY, "add_norm_backward")
         dweight, dbias = parameters.unbind()
-        return total, total if ctx.has_residual else None, dweight, dbias if ctx.has_bias else None, None, None
+        return total, total if ctx.has_residual else None, dweight, dbias if ctx.has_bias else None, None, None, None

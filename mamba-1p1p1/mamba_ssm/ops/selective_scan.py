@@ -8,19 +8,27 @@ their sum once: what a bidirectional Mamba block needs, without flipped copies o
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from causal_conv1d.backend import Family, no_second_derivative, require_one_device
+from causal_conv1d.backend import Family, no_second_derivative, refuse_forward_mode, require_one_device
+from causal_conv1d.backend.triton import TRITON
 from mamba_ssm.ops import reference
+from mamba_ssm.ops import selective_scan_cuda as cuda
 from mamba_ssm.ops import selective_scan_native as native
 from mamba_ssm.ops import selective_scan_torch as kernels
 from mamba_ssm.ops.selective_scan_torch import Direction, Gradients
 
-FAMILY = Family("selective_scan", "SELECTIVE_SCAN_FORCE_FALLBACK", "mamba_ssm", "mamba-1p1p1", native.LIBRARY)
+FAMILY = Family(
+    *("selective_scan", "SELECTIVE_SCAN_FORCE_FALLBACK", "mamba_ssm", "mamba-1p1p1"),
+    cuda=cuda.LIBRARY,
+    native=native.LIBRARY,
+    triton=TRITON,
+)
 
 # --- contract -------------------------------------------------------------------------------------------------------
 
@@ -177,36 +185,49 @@ def _bidirectional_scan_backward(dout: Tensor, states: Tensor, *arguments: Any) 
     return _flatten(gradients, (*tensors, z), dz)
 
 
-# --- compiled CPU kernels -------------------------------------------------------------------------------------------
+# --- compiled kernels -----------------------------------------------------------------------------------------------
 
 
-def _selective_scan_native(*arguments: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-    *tensors, z, softplus, reverse, keep_states = arguments
-    return native.scan(_directions(tuple(tensors), (reverse,)), z, softplus, keep_states)
+def _register(backend: str, module: str) -> None:
+    """Make `scan` and `scan_backward` of this module, which return None for what they do not do, kernels of the ops.
+
+    It is imported when one is called: triton may be missing.
+    """
+
+    def compiled() -> Any:
+        return importlib.import_module(module)
+
+    def selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+        *tensors, z, softplus, reverse, keep_states = arguments
+        found: tuple[Tensor, Tensor, Tensor] | None
+        found = compiled().scan(_directions(tuple(tensors), (reverse,)), z, softplus, keep_states)
+        return found
+
+    def bidirectional(*arguments: Any) -> tuple[Tensor, Tensor] | None:
+        *tensors, z, softplus, keep_states = arguments
+        found = compiled().scan(_directions(tuple(tensors), (False, True)), z, softplus, keep_states)
+        return None if found is None else (found[0], found[2])
+
+    def selective_backward(dout: Tensor, dlast: Tensor | None, states: Tensor, *arguments: Any) -> list[Tensor] | None:
+        *tensors, z, softplus, reverse = arguments
+        directions = _directions(tuple(tensors), (reverse,))
+        found: list[Tensor] | None = compiled().scan_backward(directions, z, dout, dlast, states, softplus)
+        return found
+
+    def bidirectional_backward(dout: Tensor, states: Tensor, *arguments: Any) -> list[Tensor] | None:
+        *tensors, z, softplus = arguments
+        directions = _directions(tuple(tensors), (False, True))
+        found: list[Tensor] | None = compiled().scan_backward(directions, z, dout, None, states, softplus)
+        return found
+
+    FAMILY.compiled_kernel(backend, "selective_scan", selective_scan)
+    FAMILY.compiled_kernel(backend, "selective_scan_backward", selective_backward)
+    FAMILY.compiled_kernel(backend, "bidirectional_scan", bidirectional)
+    FAMILY.compiled_kernel(backend, "bidirectional_scan_backward", bidirectional_backward)
 
 
-def _bidirectional_scan_native(*arguments: Any) -> tuple[Tensor, Tensor] | None:
-    *tensors, z, softplus, keep_states = arguments
-    found = native.scan(_directions(tuple(tensors), (False, True)), z, softplus, keep_states)
-    return None if found is None else (found[0], found[2])
-
-
-def _selective_scan_backward_native(
-    dout: Tensor, dlast: Tensor | None, states: Tensor, *arguments: Any
-) -> list[Tensor] | None:
-    *tensors, z, softplus, reverse = arguments
-    return native.scan_backward(_directions(tuple(tensors), (reverse,)), z, dout, dlast, states, softplus)
-
-
-def _bidirectional_scan_backward_native(dout: Tensor, states: Tensor, *arguments: Any) -> list[Tensor] | None:
-    *tensors, z, softplus = arguments
-    return native.scan_backward(_directions(tuple(tensors), (False, True)), z, dout, None, states, softplus)
-
-
-FAMILY.native_kernel("selective_scan", _selective_scan_native)
-FAMILY.native_kernel("selective_scan_backward", _selective_scan_backward_native)
-FAMILY.native_kernel("bidirectional_scan_backward", _bidirectional_scan_backward_native)
-FAMILY.native_kernel("bidirectional_scan", _bidirectional_scan_native)
+for _name in ("cuda", "triton", "native"):
+    _register(_name, f"mamba_ssm.ops.selective_scan_{_name}")
 
 # --- public functions -----------------------------------------------------------------------------------------------
 
@@ -249,8 +270,10 @@ def check_scan(
 
     Raises:
         RuntimeError: they are on several devices.
+        NotImplementedError: one carries a tangent of forward-mode differentiation.
     """
     require_one_device(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    refuse_forward_mode("selective_scan_fn", u, delta, A, B, C, D, z, delta_bias)
     if u.dim() != 3 or 0 in u.shape:
         raise ValueError(f"`u` must have shape (b, d, l) without empty axes, got {tuple(u.shape)}")
     channels = u.shape[1]

@@ -281,27 +281,30 @@ def bidirectional_blocks(
     residual = None if residual is None else residual.contiguous()
     out, total = torch.empty_like(x), torch.empty_like(x)
     batch, length, features = x.shape
-    first: list[Any] = parameters[:PER_BLOCK]
+    blocks: list[list[Any]] = [parameters[at : at + PER_BLOCK] for at in range(0, len(parameters), PER_BLOCK)]
+    first, known = blocks[0], None
     channels, sizes = first[4].shape[1], (_width_and_rank(first[6:]), _states(first[6:]))
-    for start in range(0, len(parameters), PER_BLOCK):
-        own = parameters[start : start + PER_BLOCK]
+    for own in blocks:
+        shapes = [None if value is None else value.shape for value in own]
+        if shapes == known:
+            continue
         if not _block_fits(features, channels, own) or (_width_and_rank(own[6:]), _states(own[6:])) != sizes:
             return None
+        known = shapes
     call = Call(x.dtype)
     call.integers(batch, channels, length, _states(first[6:]), 1, 2)
     call.address(x).address(residual).address(out).address(total).integers(features).number(eps).integers(rms)
-    call.number(scale).integers(*_width_and_rank(first[6:]), len(parameters) // PER_BLOCK)
-    for start in range(0, len(parameters), PER_BLOCK):
-        for value in parameters[start : start + 6]:
-            call.parameter(value)
+    call.number(scale).integers(*_width_and_rank(first[6:]), len(blocks))
+    for own in blocks:
+        call.parameters(own[:6])
         for index in range(2):
-            _one_direction(call, parameters[start + 6 : start + PER_BLOCK], index)
+            _one_direction(call, own[6:], index)
     call.run(LIBRARY, "bidirectional_blocks")
     return out.to(dtype), total
 
 
 def _any_wide(*values: Any) -> bool:
-    return any(value is not None and value.dtype is torch.float64 for value in values)
+    return torch.float64 in {value.dtype for value in values if value is not None}
 
 
 def _states(parameters: Sequence[Any]) -> int:
@@ -314,6 +317,4 @@ def _width_and_rank(parameters: Sequence[Any]) -> tuple[int, int]:
 
 def _one_direction(call: Call, parameters: Sequence[Any], index: int) -> None:
     """The parameters of a direction, and whether it is reversed."""
-    for value in parameters[index * PER_DIRECTION : (index + 1) * PER_DIRECTION]:
-        call.parameter(value)
-    call.integers(index)
+    call.parameters(parameters[index * PER_DIRECTION : (index + 1) * PER_DIRECTION]).integers(index)

@@ -14,7 +14,7 @@ Memory: two buffers of (t, s, b, g, n, k) for one chunk and one slice of the bat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,8 @@ from causal_conv1d.backend.memory import keep_freed_memory
 from mamba_ssm.ops.reference import scan_dtype
 
 CHUNK = 32  # tokens between kept states; with SLICE it keeps the buffers near the size of a core's cache
+BUFFER = 5 << 17  # about how many numbers `even_chunk` wants a buffer to hold
+LOG2_E = math.log2(math.e)
 SLICE = 1 << 16  # elements of state that one step updates at most, where the batch can be split
 
 
@@ -72,13 +74,52 @@ class Gradients:
     delta_bias: Tensor | None
 
 
-class Stage:
-    """The inputs of stacked directions for one slice of the batch, time-major and in the dtype of the computation.
+class Stacked:
+    """The inputs of directions that run together, time-major, in the order in which each visits the tokens.
 
     Attributes, with their shapes:
-        dt, u: (l, s, b, g, 1, k), the step sizes (after bias and softplus) and inputs; `raw` is dt before softplus.
-        A: (s, 1, g, n, k).
+        dt, u: (l, s, b, g, 1, k), any strides, the step sizes (after bias and softplus) and inputs.
+        exponent: (s, 1, g, n, k), what dt is multiplied with: A log2 e for `exp2`, which is the faster exponential, or
+            complex A for `exp`.
         B, C: (l, s, b, g, n, 1) where they vary over time, (1, s, 1, g, n, k) where they are constant.
+        chunk: tokens of a chunk.
+    """
+
+    def __init__(self, dt: Tensor, u: Tensor, exponent: Tensor, B: Tensor, C: Tensor, chunk: int) -> None:
+        self.dt, self.u, self.exponent, self.B, self.C, self.chunk = dt, u, exponent, B, C, chunk
+        self.length = u.shape[0]
+        count, batch, groups, _, channels = u.shape[1:]
+        self.state_shape = (count, batch, groups, exponent.shape[-2], channels)
+
+    def buffer(self) -> Tensor:
+        return self.exponent.new_empty((min(self.chunk, self.length), *self.state_shape))
+
+    def outputs(self) -> Tensor:
+        """Room for the read-outs, (l, s, b, g, k)."""
+        count, batch, groups, _, channels = self.state_shape
+        return self.u.new_empty((self.length, count, batch, groups, channels))
+
+    def chunks(self, value: Tensor) -> Sequence[Tensor]:
+        """The views (t, ...) of (l, ...), or of a constant (1, ...), that belong to each chunk."""
+        if value.shape[0] == self.length:
+            return value.split(self.chunk) if self.length else ()
+        return [value] * -(-self.length // self.chunk)
+
+
+def even_chunk(length: int, per_token: int) -> int:
+    """How many tokens a chunk takes whose states, so many of each token, need not be kept.
+
+    Few enough that the buffers stay in a cache if they can, enough that the calls for a chunk do not weigh, and such
+    that all chunks of a sequence are of nearly the same length.
+    """
+    wanted = min(max(BUFFER // per_token, 8), 64)
+    return -(-length // max(1, round(length / wanted)))
+
+
+class Stage(Stacked):
+    """`Stacked` made of the arguments of scans, for one slice of the batch, in the dtype of the computation.
+
+    `raw` is dt before softplus, A (s, 1, g, n, k); `varies` tells which of B and C vary over time.
     """
 
     def __init__(self, directions: list[Direction], batch: slice, softplus: bool) -> None:
@@ -89,26 +130,32 @@ class Stage:
         self.dtype = first.dtype
         self.state_dtype = self.dtype.to_complex() if first.A.is_complex() else self.dtype
         self.groups = first.groups
-        self.u = self._stack([d.u for d in directions])
         self.raw = self._stack([d.delta for d in directions])
-        if first.delta_bias is not None:
-            self.raw = self.raw + self.per_channel([d.delta_bias for d in directions])
-        self.dt = F.softplus(self.raw) if softplus else self.raw
+        bias = self.per_channel([d.delta_bias for d in directions])
+        if bias is not None:
+            self.raw = self.raw + bias
         self.A = torch.stack([self._constant(d.A) for d in directions])
         self.varies = {"B": first.B.dim() == 4, "C": first.C.dim() == 4}
-        self.B = self._projection([d.B for d in directions])
-        self.C = self._projection([d.C for d in directions])
-        self.length = self.u.shape[0]
-        count, batch_size, groups, _, channels = self.u.shape[1:]
-        self.state_shape = (count, batch_size, groups, first.A.shape[1], channels)
+        super().__init__(
+            F.softplus(self.raw) if softplus else self.raw,
+            self._stack([d.u for d in directions]),
+            self.A if self.A.is_complex() else self.A * LOG2_E,
+            self._projection([d.B for d in directions]),
+            self._projection([d.C for d in directions]),
+            CHUNK,
+        )
 
     def _stack(self, values: list[Tensor]) -> Tensor:
         rows = [d.rows(v[self.batch].to(self.dtype)) for d, v in zip(self.directions, values, strict=True)]
         return torch.stack(rows, 1).unflatten(-1, (self.groups, 1, -1))
 
-    def per_channel(self, values: list[Tensor | None]) -> Tensor:
-        """(d,) of each direction as (s, 1, g, 1, k)."""
-        stacked = torch.stack([v.to(self.dtype) for v in values if v is not None])
+    def per_channel(self, values: list[Tensor | None]) -> Tensor | None:
+        """(d,) of each direction, zeros of one that has none, as (s, 1, g, 1, k); None if none has any."""
+        given = next((v for v in values if v is not None), None)
+        if given is None:
+            return None
+        none = torch.zeros_like(given)
+        stacked = torch.stack([(none if v is None else v).to(self.dtype) for v in values])
         return stacked.reshape(len(values), 1, self.groups, 1, -1)
 
     def _constant(self, value: Tensor) -> Tensor:
@@ -126,52 +173,46 @@ class Stage:
             rows.append(direction.rows(part))
         return torch.stack(rows, 1)[..., None]
 
-    def chunks(self) -> Iterator[slice]:
-        return (slice(start, min(start + CHUNK, self.length)) for start in range(0, self.length, CHUNK))
-
-    def buffer(self) -> Tensor:
-        return self.u.new_empty((min(CHUNK, self.length), *self.state_shape), dtype=self.state_dtype)
-
-    def at(self, name: str, chunk: slice) -> Tensor:
-        """The part of B or C that belongs to a chunk."""
-        value: Tensor = getattr(self, name)
-        return value[chunk] if self.varies[name] else value
-
 
 class Recurrence:
-    """Runs the states of a `Stage` through one chunk after the other, in buffers that are reused."""
+    """Runs the states of `Stacked` inputs through one chunk after the other, in buffers that are reused."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
-        self.weighted = stage.dt * stage.u
-        # exp2 of prescaled arguments is the faster exponential; it does not exist for complex numbers.
-        self.exponent = stage.A if stage.A.is_complex() else stage.A * math.log2(math.e)
-        self._decay = stage.buffer()
-        self._states = stage.buffer()
+    def __init__(self, stage: Stacked) -> None:
+        self._exponent = stage.exponent
+        self._dt = stage.chunks(stage.dt)
+        self._weighted = stage.chunks(stage.dt * stage.u)
+        self._B = stage.chunks(stage.B)
+        self._decay, self._states = stage.buffer(), stage.buffer()
         self._steps = list(zip(self._decay.unbind(0), self._states.unbind(0), strict=True))
 
-    def run(self, chunk: slice, before: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, index: int, before: Tensor) -> tuple[Tensor, Tensor]:
         """The decays and the states (t, s, b, g, n, k) of a chunk, given the state before it.
 
         Both are buffers that the next call overwrites.
         """
-        count = chunk.stop - chunk.start
-        decay, states = self._decay[:count], self._states[:count]
-        torch.mul(self.stage.dt[chunk], self.exponent, out=decay)
+        dt = self._dt[index]
+        count = dt.shape[0]
+        decay, states, steps = self._decay, self._states, self._steps
+        if count < len(steps):
+            decay, states, steps = decay[:count], states[:count], steps[:count]
+        torch.mul(dt, self._exponent, out=decay)
         decay.exp_() if decay.is_complex() else decay.exp2_()
-        torch.mul(self.weighted[chunk], self.stage.at("B", chunk), out=states)
+        torch.mul(self._weighted[index], self._B[index], out=states)
         previous = before
-        for factor, state in self._steps[:count]:
+        for factor, state in steps:
             previous = state.addcmul_(factor, previous)
         return decay, states
 
 
-def batch_slices(directions: list[Direction]) -> Iterator[slice]:
-    """Slices of the batch whose states are small enough to stay in a cache, at least one picture each."""
-    batch, channels, _ = directions[0].u.shape
-    per_sample = len(directions) * channels * directions[0].A.shape[1]
+def batch_slices(batch: int, per_sample: int) -> Iterator[slice]:
+    """Slices of the batch whose states, so many of each picture, stay in a cache; at least one picture each."""
     size = max(1, SLICE // per_sample)
     return (slice(start, min(start + size, batch)) for start in range(0, batch, size))
+
+
+def _batch_slices(directions: list[Direction]) -> Iterator[slice]:
+    batch, channels, _ = directions[0].u.shape
+    return batch_slices(batch, len(directions) * channels * directions[0].A.shape[1])
 
 
 def _sum_over_states(values: Tensor, weights: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
@@ -219,11 +260,12 @@ def scan_forward(
     first = directions[0]
     out = torch.empty_like(first.u)
     kept, last = [], []
-    for batch in batch_slices(directions):
+    for batch in _batch_slices(directions):
         stage = Stage(directions, batch, softplus)
-        y, state, borders = _run_slice(stage, keep_states)
-        if first.D is not None:
-            y.addcmul_(stage.u.squeeze(-2), stage.per_channel([d.D for d in directions]).squeeze(-2))
+        y, state, borders = read_outs(stage, keep_states)
+        skip = stage.per_channel([d.D for d in directions])
+        if skip is not None:
+            y.addcmul_(stage.u.squeeze(-2), skip.squeeze(-2))
         total = _sum_directions(stage, y)
         if z is not None:
             total = total * F.silu(z[batch].to(stage.dtype))
@@ -234,18 +276,18 @@ def scan_forward(
     return out, torch.cat(last) if len(last) > 1 else last[0].contiguous(), states
 
 
-def _run_slice(stage: Stage, keep_states: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+def read_outs(stage: Stacked, keep_states: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The read-outs y (l, s, b, g, k), the last state, and [the states before each chunk] if they are kept."""
     recurrence = Recurrence(stage)
-    y = torch.empty_like(stage.u).squeeze(-2)
-    state = torch.zeros(stage.state_shape, dtype=stage.state_dtype, device=y.device)
+    y = stage.outputs()
+    state = stage.exponent.new_zeros(stage.state_shape)
     borders = []
-    for chunk in stage.chunks():
+    for index, (C, out) in enumerate(zip(stage.chunks(stage.C), stage.chunks(y), strict=True)):
         if keep_states:
             borders.append(state)
-        decay, states = recurrence.run(chunk, state)
-        state = states[-1].clone()
-        _read_out(states, stage.at("C", chunk), scratch=decay, out=y[chunk])
+        decay, states = recurrence.run(index, state)
+        state = states[-1].clone() if keep_states else state.copy_(states[-1])
+        _read_out(states, C, scratch=decay, out=out)
     if not keep_states:
         return y, state, []
     return y, state, [torch.stack(borders).permute(2, 0, 1, 3, 4, 5)]
@@ -272,7 +314,7 @@ def scan_backward(
     """
     dz = None if z is None else torch.empty_like(z)
     parts = []
-    for batch in batch_slices(directions):
+    for batch in _batch_slices(directions):
         stage = Stage(directions, batch, softplus)
         grad = dout[batch].to(stage.dtype)
         gate = None if z is None else z[batch].to(stage.dtype)
@@ -298,24 +340,24 @@ class Backward:
     def __init__(self, stage: Stage, dy: Tensor) -> None:
         self.stage = stage
         self.dy = torch.stack([d.rows(dy) for d in stage.directions], 1).unflatten(-1, (stage.groups, 1, -1))
-        self.y = torch.empty_like(stage.u).squeeze(-2)
+        self.y = stage.outputs()
         self.du = torch.empty_like(stage.u)
         self.ddt = torch.empty_like(stage.u)
         self.dA = torch.zeros_like(stage.A)
         self.projections = {"B": torch.zeros_like(stage.B), "C": torch.zeros_like(stage.C)}
-        self.skip = None
-        if stage.directions[0].D is not None:
-            self.skip = stage.per_channel([d.D for d in stage.directions])
+        self.skip = stage.per_channel([d.D for d in stage.directions])
 
     def run(self, borders: Tensor, dlast: Tensor | None) -> None:
         """Fill the gradients, given the states before each chunk (chunks, s, b, g, n, k) and that of the last."""
         recurrence = Recurrence(self.stage)
         scratch, grad = self.stage.buffer(), self.stage.buffer()
+        B, C = self.stage.chunks(self.stage.B), self.stage.chunks(self.stage.C)
         carry = dlast
-        for chunk, before in reversed(list(zip(self.stage.chunks(), borders.unbind(0), strict=True))):
-            decay, states = recurrence.run(chunk, before)
+        for index, before in reversed(list(enumerate(borders.unbind(0)))):
+            decay, states = recurrence.run(index, before)
             count = states.shape[0]
-            carry = self._chunk(chunk, before, decay, states, scratch[:count], grad[:count], carry)
+            chunk = slice(index * CHUNK, index * CHUNK + count)
+            carry = self._chunk(chunk, B[index], C[index], before, decay, states, scratch[:count], grad[:count], carry)
         if self.skip is not None:
             self.y.addcmul_(self.stage.u.squeeze(-2), self.skip.squeeze(-2))
             self.du.addcmul_(self.dy, self.skip)
@@ -323,6 +365,8 @@ class Backward:
     def _chunk(
         self,
         chunk: slice,
+        B: Tensor,
+        C: Tensor,
         before: Tensor,
         decay: Tensor,
         states: Tensor,
@@ -333,7 +377,6 @@ class Backward:
         """One chunk; returns the gradient of the state before it. `carry` is that of the state after it."""
         stage, dy = self.stage, self.dy[chunk]
         dt, u = stage.dt[chunk], stage.u[chunk]
-        B, C = stage.at("B", chunk), stage.at("C", chunk)
         _read_out(states, C, scratch, self.y[chunk])
         # The read-out of complex states is twice the real part, so their gradient carries the factor.
         weight = 2 * dy if states.is_complex() else dy

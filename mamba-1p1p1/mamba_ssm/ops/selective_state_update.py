@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from causal_conv1d.backend import differentiates_forward
+from mamba_ssm.ops.selective_scan import FAMILY
+
 __all__ = ["selective_state_update", "selective_state_update_ref"]
 
 
@@ -46,29 +49,14 @@ def selective_state_update(
         ValueError: a shape above does not hold.
 
     Computes in at least fp32 and rounds `state` only when it is stored. Autograd follows all arguments, the
-    overwritten state included. Definition: `selective_state_update_ref`.
+    overwritten state included; one triton kernel runs a call on a GPU that nothing differentiates. Definition:
+    `selective_state_update_ref`.
     """
     _check_shapes(state, x, dt, A, B, C, D, z, dt_bias)
-    wide = torch.float32
-    for tensor in (state, x, dt, A):
-        wide = torch.promote_types(wide, tensor.dtype)
-    u = x.to(wide)
-    step = dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias.to(wide)
-    if dt_softplus:
-        step = functional.softplus(step)
-    heads = state.shape[1] if state.dim() == 4 else None
-    # Autograd keeps the old state for the decay's gradient, so it must survive the overwriting.
-    old_state = state.to(wide, copy=torch.is_grad_enabled())
-
-    new_state = torch.exp(step.unsqueeze(-1) * A.to(wide)) * old_state
-    new_state = new_state + (step * u).unsqueeze(-1) * _per_channel(B.to(wide), heads)
-    state.copy_(new_state)
-    out = (new_state * _per_channel(C.to(wide), heads)).sum(-1)
-    if D is not None:
-        out = out + u * D.to(wide)
-    if z is not None:
-        out = out * functional.silu(z.to(wide))
-    return out.to(x.dtype)
+    arguments = (state, x, dt, A, B, C, D, z, dt_bias)
+    kernel = _advance if _is_followed(*arguments) else FAMILY.choose("selective_state_update", state.device.type)
+    out: Tensor = kernel(*arguments, dt_softplus)
+    return out
 
 
 def selective_state_update_ref(
@@ -108,6 +96,53 @@ def selective_state_update_ref(
     if z is not None:
         out = out * functional.silu(z)
     return out.to(x.dtype)
+
+
+@FAMILY.kernel("torch", "selective_state_update")
+def _advance(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    """Compute `selective_state_update` in plain PyTorch, which autograd follows."""
+    wide = torch.float32
+    for tensor in (state, x, dt, A):
+        wide = torch.promote_types(wide, tensor.dtype)
+    u = x.to(wide)
+    step = dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias.to(wide)
+    if dt_softplus:
+        step = functional.softplus(step)
+    heads = state.shape[1] if state.dim() == 4 else None
+    # Autograd keeps the old state for the decay's gradient, so it must survive the overwriting.
+    old_state = state.to(wide, copy=torch.is_grad_enabled())
+
+    new_state = torch.exp(step.unsqueeze(-1) * A.to(wide)) * old_state
+    new_state = new_state + (step * u).unsqueeze(-1) * _per_channel(B.to(wide), heads)
+    state.copy_(new_state)
+    out = (new_state * _per_channel(C.to(wide), heads)).sum(-1)
+    if D is not None:
+        out = out + u * D.to(wide)
+    if z is not None:
+        out = out * functional.silu(z.to(wide))
+    return out.to(x.dtype)
+
+
+FAMILY.triton_kernel("mamba_ssm.ops.selective_state_update_triton", "selective_state_update")
+FAMILY.compose("selective_state_update")
+
+
+def _is_followed(*tensors: Tensor | None) -> bool:
+    """Whether autograd, a compiler or a transform follows these: through PyTorch's own operations only."""
+    if torch.compiler.is_compiling() or differentiates_forward() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
 
 
 def _per_channel(projection: Tensor, heads: int | None) -> Tensor:
