@@ -29,6 +29,7 @@ QUANTITIES = {
     "peak_bytes": "peak memory of",
     "increase_bytes": "memory that calls add to the loaded",
     "scratch_bytes": "memory per thread beyond inputs and result of",
+    "allocated_bytes": "memory that PyTorch allocates for a call of",
 }
 
 
