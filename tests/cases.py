@@ -159,3 +159,52 @@ def inner_arguments(
 
     xz = torch.randn(batch, length, 2 * inner).transpose(1, 2)
     return xz, direction(), direction()
+
+
+@dataclass(frozen=True)
+class Scan2dCase:
+    batch: int
+    height: int
+    width: int
+    channels: int
+    rank: int
+    states: int
+    directions: str = "cross"
+    bias: bool = True
+    skip: bool = True
+    strided: bool = False
+    decay: float = 1.0
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The inputs of `selective_scan_2d`, by name; parameters are at least fp32."""
+        pixels, wide = (self.batch, self.height, self.width), torch.promote_types(dtype, torch.float32)
+        x = torch.randn(*pixels, self.channels, dtype=dtype)
+        if self.strided:  # channels first, and rows with a gap between them
+            x = torch.randn(self.batch, self.channels, self.height, self.width + 1, dtype=dtype)
+            x = x[..., :-1].permute(0, 2, 3, 1).detach()
+        made = {
+            "x": x,
+            "projected": torch.randn(*pixels, 4, self.rank + 2 * self.states, dtype=dtype),
+            "dt_weight": torch.randn(4, self.channels, self.rank, dtype=wide) / self.rank**0.5,
+            "A": -self.decay * torch.exp(torch.randn(4, self.channels, self.states, dtype=wide)),
+        }
+        if self.skip:
+            made["D"] = torch.randn(4, self.channels, dtype=wide)
+        if self.bias:
+            made["dt_bias"] = torch.randn(4, self.channels, dtype=wide) - 1
+        return made
+
+
+SCAN_2D = {
+    "one-pixel": Scan2dCase(2, 1, 1, 8, 1, 1),
+    "one-row": Scan2dCase(1, 1, 35, 5, 2, 1),
+    "one-column": Scan2dCase(1, 35, 1, 5, 2, 3),
+    "odd": Scan2dCase(2, 5, 7, 19, 3, 1),
+    "wide": Scan2dCase(1, 6, 21, 32, 6, 1, strided=True),
+    "tall-many-states": Scan2dCase(1, 40, 3, 17, 2, 16),
+    "no-bias": Scan2dCase(1, 9, 9, 16, 4, 4, bias=False),
+    "no-skip": Scan2dCase(2, 4, 9, 8, 1, 2, skip=False),
+    "rows": Scan2dCase(1, 7, 6, 9, 2, 1, directions="rows"),
+    "both": Scan2dCase(2, 6, 7, 12, 2, 5, directions="both"),
+    "strong-decay": Scan2dCase(1, 12, 12, 8, 2, 1, decay=40.0),
+}

@@ -19,6 +19,32 @@ Sequence<T> sequence(Arguments &a) {
     return {data, batch, channel, a.integer()};
 }
 
+// The order in which tokens are visited: from the first to the last or back; or, where they are the pixels of a picture of
+// `height` rows, numbered row by row, column by column.
+struct Route {
+    int64_t length, height;  // height 1: not by columns
+    bool reverse;
+
+    // The number of the token that is visited at time t.
+    int64_t token(int64_t t) const {
+        const int64_t i = reverse ? length - 1 - t : t;
+        return height == 1 ? i : i % height * (length / height) + i / height;
+    }
+    // Call body(first, token, step, count) for pieces of the times [start, start + count): those from start + first on
+    // visit `count` tokens a step apart.
+    template <class Body>
+    void pieces(int64_t start, int64_t count, const Body &body) const {
+        if (height == 1) return body(int64_t{0}, token(start), int64_t{reverse ? -1 : 1}, count);
+        const int64_t width = length / height;
+        for (int64_t done = 0; done < count;) {
+            const int64_t row = token(start + done) / width, here = reverse ? row + 1 : height - row;
+            const int64_t piece = here < count - done ? here : count - done;
+            body(done, token(start + done), reverse ? -width : width, piece);
+            done += piece;
+        }
+    }
+};
+
 // Rows of LANES numbers at a distance.
 struct Rows {
     const float *data;
@@ -82,6 +108,19 @@ inline Rows rows_of(const float *from, int64_t channel, int64_t token, int lanes
 inline Rows rows_of(const bfloat16 *from, int64_t channel, int64_t token, int lanes, int64_t tokens, float *tile) {
     gather(from, channel, token, lanes, tokens, tile);
     return {tile, LANES};
+}
+
+// The rows of channels from d that a route visits from `start` on: where they lie if they can, else in `tile`.
+template <class T>
+Rows rows_on(const Route &route, const Sequence<const T> &from, int64_t b, int64_t d, int lanes, int64_t start,
+             int64_t tokens, float *tile) {
+    Rows found{tile, LANES};
+    route.pieces(start, tokens, [&](int64_t first, int64_t token, int64_t step, int64_t count) {
+        const T *data = from.at(b, d, token);
+        if (count == tokens) found = rows_of(data, from.channel, step * from.token, lanes, tokens, tile);
+        else gather(data, from.channel, step * from.token, lanes, count, tile + first * LANES);
+    });
+    return found;
 }
 
 // Where rows for a sequence are written: in their place if they are dense and in fp32, else in a tile that

@@ -65,9 +65,7 @@ struct Computed {
 
     void begin(const Part &part, float *memory) {
         packed = memory;
-        for (int64_t d = part.first; d < part.last; d += LANES) {
-            gather(dt_proj + d * rank, rank, 1, lanes_at(d, part.last), rank, memory + (d - part.first) * rank);
-        }
+        LowRank{dt_proj, rank}.pack(part, memory);
     }
     void stage_projections(const Part &part, int64_t start, int64_t tokens, float *B, float *C) const {
         const float *from = projected + row(part.batch, start) * across() + rank;
@@ -80,21 +78,10 @@ struct Computed {
 
     Rows stage(const Part &part, int64_t d, int lanes, int64_t start, int64_t tokens, const Staged &to) const {
         const Vec shift = bias ? load_lanes(bias + d, 1, lanes) : broadcast(0.0f);
-        const float *weights = packed + (d - part.first) * rank;
         const int64_t first = row(part.batch, start), step = across();
-        const float *r = projected + first * step;
         float *const raw = to.tiles;
         const Rows input{u + first * padded() + d, padded()};
-        in_groups(tokens, [=](int64_t t, auto count) ALWAYS_INLINE {
-            constexpr int n = decltype(count)::value;
-            Vec sums[n];
-            for (int i = 0; i < n; ++i) sums[i] = broadcast(0.0f);
-            for (int64_t j = 0; j < rank; ++j) {
-                const Vec weight = load(weights + j * LANES);
-                for (int i = 0; i < n; ++i) sums[i] = fma(broadcast(r[(t + i) * step + j]), weight, sums[i]);
-            }
-            for (int i = 0; i < n; ++i) store(raw + (t + i) * LANES, sums[i]);
-        });
+        LowRank::multiply(projected + first * step, step, 1, rank, packed + (d - part.first) * rank, tokens, raw);
         stage_rows(tokens, {raw, LANES}, shift, true, input, to);
         return input;
     }
@@ -206,7 +193,7 @@ private:
             const ScanMemory<Computed<T>> mine({own(worker)}, sizes_, partition_.blocks, directions_[0]);
             for (int64_t s = 0; s < sizes_.directions; ++s) {
                 Computed<T> source = directions_[s];
-                const bool way = source.reverse;
+                const Route route{sizes_.length, 1, source.reverse};
                 // Tokens below this number are reached by this direction before the other one.
                 const int64_t firsts = sizes_.length - (index + s) * spans_.tokens;
                 scan_part(source, sizes_, part, s, source.span, mine.work, kept_, mine.spare,
@@ -214,9 +201,9 @@ private:
                               float *tiles) {
                               const int64_t ahead = firsts - start;
                               const int64_t head = ahead < 0 ? 0 : ahead < tokens ? ahead : tokens;
-                              if (head) output.take(p, way, true, false, lanes, d, start, head, y, tiles);
+                              if (head) output.take(p, route, true, false, lanes, d, start, head, y, tiles);
                               if (head == tokens) return;
-                              output.take(p, way, false, true, lanes, d, start + head, tokens - head, y.from(head),
+                              output.take(p, route, false, true, lanes, d, start + head, tokens - head, y.from(head),
                                           tiles);
                           });
             }

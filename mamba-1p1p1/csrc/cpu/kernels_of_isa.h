@@ -19,11 +19,11 @@
 #include "block.h"
 
 template <class T>
-Output<T> read_output(Arguments &a, const Sizes &sizes) {
+Output<T> read_output(Arguments &a) {
     const Sequence<T> out = sequence<T>(a);
     const Sequence<const T> z = sequence<const T>(a);
     const Sequence<float> sum = sequence<float>(a);
-    return {out, z, sum, sizes.length, static_cast<float>(a.number())};
+    return {out, z, sum, static_cast<float>(a.number())};
 }
 
 inline Sizes read_sizes(Arguments &a) {
@@ -55,23 +55,37 @@ Given<T> read_given(Arguments &a, const Sizes &sizes) {
     given.D = a.pointer<const float>();
     given.bias = a.pointer<const float>();
     given.softplus_steps = a.integer() != 0;
-    given.reverse = a.integer() != 0;
+    const bool reverse = a.integer() != 0;
+    given.route = {sizes.length, a.integer(), reverse};
+    given.low_rank.weight = a.pointer<const float>();
+    given.low_rank.rank = a.integer();
     given.states = sizes.states;
-    given.length = sizes.length;
+    given.packed = nullptr;
     return given;
 }
 
-constexpr int64_t DIRECTIONS = 2;  // at most
+constexpr int64_t DIRECTIONS = 4;  // at most
+
+// Whether what all directions share is the same.
+template <class T>
+bool alike(const Given<T> *directions, const Sizes &sizes) {
+    for (int64_t s = 0; s < sizes.directions; ++s) {
+        const Given<T> &own = directions[s];
+        if (own.low_rank.rank != directions[0].low_rank.rank) return false;
+        if (own.route.height < 1 || sizes.length % own.route.height) return false;
+    }
+    return true;
+}
 
 template <class T>
 int selective_scan_of(Arguments &a, Threads threads) {
     const Sizes sizes = read_sizes(a);
-    const Output<T> output = read_output<T>(a, sizes);
+    const Output<T> output = read_output<T>(a);
     float *last = a.pointer<float>(), *borders = a.pointer<float>();
     if (sizes.directions > DIRECTIONS) return WRONG_ARGUMENTS;
     Given<T> directions[DIRECTIONS];
     for (int64_t s = 0; s < sizes.directions; ++s) directions[s] = read_given<T>(a, sizes);
-    if (!a.complete()) return WRONG_ARGUMENTS;
+    if (!a.complete() || !alike(directions, sizes)) return WRONG_ARGUMENTS;
     return scan(directions, sizes, output, Kept{last, borders, nullptr}, threads);
 }
 
@@ -93,24 +107,19 @@ int selective_scan_backward_of(Arguments &a, Threads threads) {
     if (sizes.directions > DIRECTIONS) return WRONG_ARGUMENTS;
     Given<T> directions[DIRECTIONS];
     Gradients<T> gradients[DIRECTIONS];
-    LowRank low_rank[DIRECTIONS];
     for (int64_t s = 0; s < sizes.directions; ++s) {
         directions[s] = read_given<T>(a, sizes);
-        low_rank[s].weight = a.pointer<const float>();
-        low_rank[s].rank = a.integer();
         gradients[s].u = sequence<T>(a);
         gradients[s].delta = sequence<T>(a);
         gradients[s].B = a.pointer<float>();
         gradients[s].C = a.pointer<float>();
         gradients[s].row = a.integer();
         gradients[s].outer = a.integer();
+        gradients[s].adds = a.integer() != 0;
         gradients[s].parameters = a.pointer<float>();
     }
-    if (!a.complete()) return WRONG_ARGUMENTS;
-    for (int64_t s = 1; s < sizes.directions; ++s) {
-        if (low_rank[s].rank != low_rank[0].rank) return WRONG_ARGUMENTS;
-    }
-    return scan_backward(directions, low_rank, gradients, sizes, in, dz, threads);
+    if (!a.complete() || !alike(directions, sizes)) return WRONG_ARGUMENTS;
+    return scan_backward(directions, gradients, sizes, in, dz, threads);
 }
 
 int selective_scan_backward(Arguments &a) {
@@ -118,6 +127,8 @@ int selective_scan_backward(Arguments &a) {
     return a.integer() == BFLOAT16 ? selective_scan_backward_of<bfloat16>(a, threads)
                                    : selective_scan_backward_of<float>(a, threads);
 }
+
+constexpr int64_t ENDS = 2;  // directions of a block
 
 template <class T>
 Computed<T> read_computed(Arguments &a, const Sizes &sizes, const Sequence<const T> &x, int64_t width, int64_t rank) {
@@ -141,11 +152,11 @@ Computed<T> read_computed(Arguments &a, const Sizes &sizes, const Sequence<const
 template <class T>
 int bidirectional_inner_of(Arguments &a, Threads threads) {
     const Sizes sizes = read_sizes(a);
-    const Output<T> output = read_output<T>(a, sizes);
+    const Output<T> output = read_output<T>(a);
     const Sequence<const T> x = sequence<const T>(a);
     const int64_t width = a.integer(), rank = a.integer();
-    if (sizes.directions != DIRECTIONS || sizes.groups != 1) return WRONG_ARGUMENTS;
-    Computed<T> directions[DIRECTIONS];
+    if (sizes.directions != ENDS || sizes.groups != 1) return WRONG_ARGUMENTS;
+    Computed<T> directions[ENDS];
     for (int64_t s = 0; s < sizes.directions; ++s) {
         directions[s] = read_computed<T>(a, sizes, x, width, rank);
         directions[s].kept = a.pointer<float>();
@@ -218,7 +229,7 @@ inline int run_blocks(Arguments a, Block block, const Sizes &sizes, int64_t widt
         block.norm_bias = a.pointer<const float>();
         block.in = read_linear(a, 2 * sizes.channels, block.norm.features);
         block.to_out = read_linear(a, block.norm.features, sizes.channels);
-        Computed<float> directions[DIRECTIONS];
+        Computed<float> directions[ENDS];
         const Sequence<const float> none{};  // what the directions read is computed first
         for (int64_t s = 0; s < sizes.directions; ++s) {
             directions[s] = read_computed<float>(a, sizes, none, width, rank);
@@ -247,7 +258,7 @@ int bidirectional_blocks(Arguments &a) {
     block.norm.rms = a.integer() != 0;
     block.scale = static_cast<float>(a.number());
     const int64_t width = a.integer(), rank = a.integer(), count = a.integer();
-    if (sizes.directions != DIRECTIONS || sizes.groups != 1) return WRONG_ARGUMENTS;
+    if (sizes.directions != ENDS || sizes.groups != 1) return WRONG_ARGUMENTS;
     if (a.left() != count * BLOCK_ARGUMENTS) return WRONG_ARGUMENTS;
     if (sizes.batch * sizes.length == 0) return OK;
     block.in = {nullptr, nullptr, 2 * sizes.channels, block.norm.features, nullptr};

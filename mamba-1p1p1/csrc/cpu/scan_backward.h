@@ -147,7 +147,8 @@ struct Gradients {
     Sequence<T> u, delta;
     float *B, *C;  // of varying ones: (b, g, l, n), n contiguous, a distance `row` apart along l, `outer` along (b, g)
     int64_t row, outer;
-    float *parameters;  // A, then constant B and constant C, (d, n) each, then D and delta_bias, (d,) each
+    bool adds;             // to the gradient of u that is there; without a gate
+    float *parameters;     // A, then constant B and constant C, (d, n) each, then D and delta_bias, (d,) each
 };
 
 // What arrives from behind a scan: the gradients of its output and, for one direction, of its last state (b, d, n), or
@@ -160,12 +161,6 @@ struct Incoming {
     float scale;  // what the output was multiplied with
 };
 
-// Where delta is of low rank: `weight` (d, rank) times what the sequence delta then holds, (b, rank, l). Else null.
-struct LowRank {
-    const float *weight;
-    int64_t rank;
-};
-
 // The memory of a worker, for `blocks` vectors of channels.
 struct BackwardWork {
     Slopes at;
@@ -173,7 +168,7 @@ struct BackwardWork {
     float *B, *C, *B_gradient, *C_gradient;              // gradients of constant ones (block, n, LANES)
     float *D_gradient, *bias_gradient;                   // (block, LANES)
     float *y;                                            // (block, l, LANES) of the first of two directions
-    float *low_rank;                                     // (rank, LANES)
+    float *low_rank;                                     // (block, rank, LANES)
     int64_t floats;
 
     BackwardWork(Cursor memory, const Sizes &sizes, int64_t blocks, bool keeps_y, int64_t rank) : at(memory) {
@@ -189,7 +184,7 @@ struct BackwardWork {
         D_gradient = memory.take(blocks * LANES);
         bias_gradient = memory.take(blocks * LANES);
         y = memory.take(keeps_y ? blocks * sizes.length * LANES : 0);
-        low_rank = memory.take(rank * LANES);
+        low_rank = memory.take(blocks * rank * LANES);
         floats = memory.used;
     }
 };
@@ -198,7 +193,6 @@ struct BackwardWork {
 template <class T>
 struct BackwardPart {
     const Given<T> &given;
-    const LowRank &low_rank;
     const Gradients<T> &to;
     const Incoming<T> &in;
     const Sequence<T> &dz;
@@ -210,15 +204,18 @@ struct BackwardPart {
     float *record;           // like Gradients::parameters
 
     int64_t block_of(int64_t d) const { return (d - part.first) / LANES; }
-    int64_t token(int64_t t) const { return given.reverse ? sizes.length - 1 - t : t; }
-    int64_t way() const { return given.reverse ? -1 : 1; }
+    int64_t token(int64_t t) const { return given.route.token(t); }
 
     template <class S>
     void read(const Sequence<S> &from, int64_t d, int lanes, int64_t start, int64_t tokens, float *tile) const {
-        gather(from.at(part.batch, d, token(start)), from.channel, way() * from.token, lanes, tokens, tile);
+        given.route.pieces(start, tokens, [&](int64_t first, int64_t t, int64_t step, int64_t count) {
+            gather(from.at(part.batch, d, t), from.channel, step * from.token, lanes, count, tile + first * LANES);
+        });
     }
     void write(const Sequence<T> &out, int64_t d, int lanes, int64_t start, int64_t tokens, const float *tile) const {
-        scatter(tile, lanes, tokens, out.at(part.batch, d, token(start)), out.channel, way() * out.token);
+        given.route.pieces(start, tokens, [&](int64_t first, int64_t t, int64_t step, int64_t count) {
+            scatter(tile + first * LANES, lanes, count, out.at(part.batch, d, t), out.channel, step * out.token);
+        });
     }
 
     void prepare() const {
@@ -230,6 +227,7 @@ struct BackwardPart {
         clear(work.bias_gradient, whole);
         if (given.fixed_b) clear(work.B_gradient, whole * n);
         if (given.fixed_c) clear(work.C_gradient, whole * n);
+        if (given.low_rank.weight) given.low_rank.pack(part, work.low_rank);
         for (int64_t d = part.first; d < part.last; d += LANES) {
             const int lanes = lanes_at(d, part.last);
             float *A = work.A + (d - part.first) * n;
@@ -240,31 +238,17 @@ struct BackwardPart {
         }
     }
 
-    void expand_delta(int64_t d, int lanes, int64_t start, int64_t tokens) const {
-        const int64_t rank = low_rank.rank, channel = given.delta.channel, step = way() * given.delta.token;
-        const T *const first = given.delta.at(part.batch, 0, token(start));
-        float *const weights = work.low_rank, *const out = work.at.dt;
-        gather(low_rank.weight + d * rank, rank, 1, lanes, rank, weights);
-        in_groups(tokens, [=](int64_t t, auto count) ALWAYS_INLINE {
-            constexpr int n = decltype(count)::value;
-            Vec sums[n];
-            for (int i = 0; i < n; ++i) sums[i] = broadcast(0.0f);
-            for (int64_t j = 0; j < rank; ++j) {
-                const Vec weight = load(weights + j * LANES);
-                const T *const from = first + t * step + j * channel;
-                for (int i = 0; i < n; ++i) sums[i] = fma(broadcast(to_float(from[i * step])), weight, sums[i]);
-            }
-            for (int i = 0; i < n; ++i) store(out + (t + i) * LANES, sums[i]);
-        });
-    }
-
     void stage(int64_t d, int lanes, int64_t start, int64_t tokens) const {
         const Slopes &at = work.at;
         const Vec shift = given.bias ? load_lanes(given.bias + d, 1, lanes) : broadcast(0.0f);
         Vec reach = broadcast(0.0f);
         read(given.u, d, lanes, start, tokens, at.u);
-        if (low_rank.weight) expand_delta(d, lanes, start, tokens);
-        else read(given.delta, d, lanes, start, tokens, at.dt);
+        if (given.low_rank.weight) {
+            const float *packed = work.low_rank + (d - part.first) * given.low_rank.rank;
+            given.low_rank.expand(given.delta, given.route, part.batch, packed, start, tokens, at.dt);
+        } else {
+            read(given.delta, d, lanes, start, tokens, at.dt);
+        }
         read(in.out, d, lanes, start, tokens, at.dy);
         if (in.z.data) read(in.z, d, lanes, start, tokens, at.slope);
         in_groups(tokens, [&](int64_t t, auto count) {
@@ -315,6 +299,10 @@ struct BackwardPart {
         }
         add_to(D_sum, skips);
         add_to(bias_sum, shifts);
+        if (to.adds) {
+            read(to.u, d, lanes, start, tokens, at.y);
+            for (int64_t t = 0; t < tokens; ++t) add_to(at.through_input + t * LANES, load(at.y + t * LANES));
+        }
         write(to.u, d, lanes, start, tokens, at.through_input);
         write(to.delta, d, lanes, start, tokens, at.through_decay);
         if (in.z.data) finish_gate(d, lanes, start, tokens);
@@ -405,14 +393,14 @@ inline void sum_parts(const float *p, int64_t step, int64_t count, int64_t rows,
     }
 }
 
-// `given`, `low_rank` and `to` have one entry for each direction.
+// `given` and `to` have one entry for each direction.
 template <class T>
-int scan_backward(const Given<T> *given, const LowRank *low_rank, const Gradients<T> *to, const Sizes &sizes, const Incoming<T> &in,
+int scan_backward(const Given<T> *given, const Gradients<T> *to, const Sizes &sizes, const Incoming<T> &in,
                   const Sequence<T> &dz, const Threads &threads) {
     const int64_t k = sizes.group_channels();
     const Partition partition(sizes, sizes.batch, (k + BACKWARD_CHANNELS - 1) / BACKWARD_CHANNELS);
     const bool keeps_y = in.z.data && sizes.directions > 1;
-    const int64_t rank = low_rank[0].rank;  // of all directions
+    const int64_t rank = given[0].low_rank.rank;  // of all directions
     const int64_t floats = BackwardWork({nullptr}, sizes, partition.blocks, keeps_y, rank).floats;
     const int64_t rows = sizes.length * sizes.states, outer = sizes.batch * sizes.groups;
     const int64_t fixed = 1 + given[0].fixed_b + given[0].fixed_c;
@@ -429,7 +417,7 @@ int scan_backward(const Given<T> *given, const LowRank *low_rank, const Gradient
         const BackwardWork work({memory.data() + worker * floats}, sizes, partition.blocks, keeps_y, rank);
         for (int64_t s = 0; s < sizes.directions; ++s) {
             float *B = parts_of(s) + task * of_task, *C = B + B_floats;
-            const BackwardPart<T> one{given[s], low_rank[s], to[s], in, dz, sizes, part, work, s, B_floats ? B : nullptr,
+            const BackwardPart<T> one{given[s], to[s], in, dz, sizes, part, work, s, B_floats ? B : nullptr,
                                       C_floats ? C : nullptr, parts_of(s) + parts + part.batch * record};
             one.run();
         }

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from causal_conv1d import conv1d_native
 from causal_conv1d.backend.call import Call
 from mamba_ssm.ops import selective_scan_native as native
-from mamba_ssm.ops.selective_scan_torch import CHUNK, Direction
+from mamba_ssm.ops.selective_scan_torch import CHUNK
 
 DIRECTIONS = (False, True)  # whether reversed
 
@@ -160,11 +160,13 @@ class _Side:
         B, C = (value.transpose(2, 3) for value in self._scan_inputs(projected))
         A = own.A_log.exp().neg_()
         r = projected[..., : self.rank].transpose(1, 2)
-        self.direction = Direction(self.u.transpose(1, 2), r, A, B, C, own.D, own.delta_bias, reverse)
+        self.direction = native.Routed(
+            self.u.transpose(1, 2), r, A, B, C, own.D, own.delta_bias, reverse, own.delta_proj_weight
+        )
         du, ddelta = self.du.transpose(1, 2), self.ddelta.transpose(1, 2)
         record = x.new_empty(channels * (states + 2))
         inputs = self._scan_inputs(self.dprojected)
-        self.room = native.Room(du, ddelta, *inputs, record, own.delta_proj_weight)
+        self.room = native.Room(du, ddelta, *inputs, record)
 
     def _low_rank(self, projected: Tensor) -> Tensor:
         """(b l, r), a view."""

@@ -83,3 +83,55 @@ def scan_reference(
     if z is not None:
         out = out * F.silu(z.to(dtype))
     return out.to(u.dtype), h
+
+
+# The orders in which four directions visit the pixels of a picture: (by columns, from the end) for each.
+ROUTES = {
+    "cross": ((False, False), (True, False), (False, True), (True, True)),
+    "rows": ((False, False),) * 4,
+    "both": ((False, False), (False, False), (False, True), (False, True)),
+}
+
+
+def take_route(value: Tensor, by_columns: bool, reverse: bool) -> Tensor:
+    """The pixels of (b, h, w, c) in the order in which a direction visits them, (b, l, c)."""
+    pixels = (value.transpose(1, 2) if by_columns else value).flatten(1, 2)
+    return pixels.flip(1) if reverse else pixels
+
+
+def undo_route(value: Tensor, by_columns: bool, reverse: bool, height: int) -> Tensor:
+    """The inverse of `take_route`, for a picture of this height."""
+    pixels = value.flip(1) if reverse else value
+    return pixels.unflatten(1, (-1, height)).transpose(1, 2) if by_columns else pixels.unflatten(1, (height, -1))
+
+
+def scan_2d_reference(
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    directions: str,
+) -> Tensor:
+    """The sum of the scans of a picture in several directions (arXiv 2401.10166), one after the other.
+
+    Args: as `selective_scan_2d`.
+
+    Returns:
+        (b, h, w, d) in the dtype of the computation.
+    """
+    dtype = scan_dtype(x, projected, A)
+    states, rank = A.shape[2], dt_weight.shape[2]
+    total = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    for k, route in enumerate(ROUTES[directions]):
+        u, own = (take_route(value.to(dtype), *route) for value in (x, projected[..., k, :]))
+        r, B, C = own.split([rank, states, states], -1)
+        delta = F.linear(r, dt_weight[k].to(dtype))
+        y, _ = scan_reference(
+            *(u.transpose(1, 2), delta.transpose(1, 2), A[k], B.transpose(1, 2), C.transpose(1, 2)),
+            *(None if D is None else D[k], None, None if dt_bias is None else dt_bias[k]),
+            delta_softplus=True,
+        )
+        total = total + undo_route(y.transpose(1, 2), *route, x.shape[1])
+    return total
