@@ -115,7 +115,7 @@ def test_one_call_of_the_kernels() -> None:
     case = SCAN_2D["odd"]
     with count_calls() as calls:
         run(case, {k: v.requires_grad_() for k, v in case.tensors(torch.float32).items()}).sum().backward()
-    assert calls == ["selective_scan", "selective_scan_backward"]
+    assert calls == ["selective_scan_2d", "selective_scan_2d_backward"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ struct Kernels {
     const char *name;
     int (*selective_scan)(Arguments &);
     int (*selective_scan_backward)(Arguments &);
+    int (*selective_scan_2d)(Arguments &);
+    int (*selective_scan_2d_backward)(Arguments &);
     int (*bidirectional_inner)(Arguments &);
     int (*bidirectional_blocks)(Arguments &);
     int (*add_norm)(Arguments &);

@@ -56,7 +56,7 @@ Given<T> read_given(Arguments &a, const Sizes &sizes) {
     given.bias = a.pointer<const float>();
     given.softplus_steps = a.integer() != 0;
     const bool reverse = a.integer() != 0;
-    given.route = {sizes.length, a.integer(), reverse};
+    given.route = {sizes.length, 1, reverse};
     given.low_rank.weight = a.pointer<const float>();
     given.low_rank.rank = a.integer();
     given.states = sizes.states;
@@ -64,15 +64,12 @@ Given<T> read_given(Arguments &a, const Sizes &sizes) {
     return given;
 }
 
-constexpr int64_t DIRECTIONS = 4;  // at most
+constexpr int64_t ENDS = 2;  // directions of a sequence, at most
 
-// Whether what all directions share is the same.
 template <class T>
-bool alike(const Given<T> *directions, const Sizes &sizes) {
-    for (int64_t s = 0; s < sizes.directions; ++s) {
-        const Given<T> &own = directions[s];
-        if (own.low_rank.rank != directions[0].low_rank.rank) return false;
-        if (own.route.height < 1 || sizes.length % own.route.height) return false;
+bool of_one_rank(const Given<T> *directions, const Sizes &sizes) {
+    for (int64_t s = 1; s < sizes.directions; ++s) {
+        if (directions[s].low_rank.rank != directions[0].low_rank.rank) return false;
     }
     return true;
 }
@@ -82,10 +79,10 @@ int selective_scan_of(Arguments &a, Threads threads) {
     const Sizes sizes = read_sizes(a);
     const Output<T> output = read_output<T>(a);
     float *last = a.pointer<float>(), *borders = a.pointer<float>();
-    if (sizes.directions > DIRECTIONS) return WRONG_ARGUMENTS;
-    Given<T> directions[DIRECTIONS];
+    if (sizes.directions > ENDS) return WRONG_ARGUMENTS;
+    Given<T> directions[ENDS];
     for (int64_t s = 0; s < sizes.directions; ++s) directions[s] = read_given<T>(a, sizes);
-    if (!a.complete() || !alike(directions, sizes)) return WRONG_ARGUMENTS;
+    if (!a.complete() || !of_one_rank(directions, sizes)) return WRONG_ARGUMENTS;
     return scan(directions, sizes, output, Kept{last, borders, nullptr}, threads);
 }
 
@@ -104,9 +101,9 @@ int selective_scan_backward_of(Arguments &a, Threads threads) {
     in.last = a.pointer<const float>();
     in.states = a.pointer<const float>();
     in.scale = static_cast<float>(a.number());
-    if (sizes.directions > DIRECTIONS) return WRONG_ARGUMENTS;
-    Given<T> directions[DIRECTIONS];
-    Gradients<T> gradients[DIRECTIONS];
+    if (sizes.directions > ENDS) return WRONG_ARGUMENTS;
+    Given<T> directions[ENDS];
+    Gradients<T> gradients[ENDS];
     for (int64_t s = 0; s < sizes.directions; ++s) {
         directions[s] = read_given<T>(a, sizes);
         gradients[s].u = sequence<T>(a);
@@ -115,10 +112,10 @@ int selective_scan_backward_of(Arguments &a, Threads threads) {
         gradients[s].C = a.pointer<float>();
         gradients[s].row = a.integer();
         gradients[s].outer = a.integer();
-        gradients[s].adds = a.integer() != 0;
+        gradients[s].adds = false;
         gradients[s].parameters = a.pointer<float>();
     }
-    if (!a.complete() || !alike(directions, sizes)) return WRONG_ARGUMENTS;
+    if (!a.complete() || !of_one_rank(directions, sizes)) return WRONG_ARGUMENTS;
     return scan_backward(directions, gradients, sizes, in, dz, threads);
 }
 
@@ -128,7 +125,88 @@ int selective_scan_backward(Arguments &a) {
                                    : selective_scan_backward_of<float>(a, threads);
 }
 
-constexpr int64_t ENDS = 2;  // directions of a block
+// Pictures that four directions scan, each pixel once: all of one length and of one low rank.
+struct Pictures {
+    static constexpr int64_t DIRECTIONS = 4;
+    Sizes sizes;
+    Given<float> directions[DIRECTIONS];
+    int64_t pixels, across;  // floats of a picture and of a pixel in `projected`: of each direction (r, B, C)
+
+    explicit Pictures(Arguments &a) {
+        sizes.batch = a.integer();
+        const int64_t height = a.integer();
+        sizes.length = height * a.integer();
+        sizes.channels = a.integer();
+        sizes.states = a.integer();
+        sizes.groups = 1;
+        sizes.directions = DIRECTIONS;
+        const int64_t rank = a.integer(), n = sizes.states, d = sizes.channels, own = rank + 2 * n;
+        across = DIRECTIONS * own;
+        pixels = sizes.length * across;
+        const float *x = a.pointer<const float>(), *projected = a.pointer<const float>();
+        const float *weight = a.pointer<const float>(), *rates = a.pointer<const float>();
+        const float *skip = a.pointer<const float>(), *bias = a.pointer<const float>();
+        for (int64_t s = 0; s < DIRECTIONS; ++s, projected += own) {
+            const bool by_columns = a.integer() != 0, reverse = a.integer() != 0;
+            Given<float> &to = directions[s];
+            to.u = {x, sizes.length * d, 1, d};
+            to.delta = {projected, pixels, 1, across};
+            to.rates_of = rates + s * d * n;
+            to.B_data = projected + rank;
+            to.C_data = projected + rank + n;
+            const int64_t strides[4] = {pixels, 0, 1, across};
+            memcpy(to.B_strides, strides, sizeof strides);
+            memcpy(to.C_strides, strides, sizeof strides);
+            to.fixed_b = to.fixed_c = false;
+            to.D = skip ? skip + s * d : nullptr;
+            to.bias = bias ? bias + s * d : nullptr;
+            to.softplus_steps = true;
+            to.route = {sizes.length, by_columns ? height : 1, reverse};
+            to.states = n;
+            to.low_rank = {weight + s * d * rank, rank};
+            to.packed = nullptr;
+        }
+    }
+    template <class T>
+    Sequence<T> maps(T *data) const {
+        return {data, sizes.length * sizes.channels, 1, sizes.channels};
+    }
+};
+
+int selective_scan_2d(Arguments &a) {
+    const Threads threads = a.threads();
+    if (a.integer() != FLOAT32) return WRONG_ARGUMENTS;
+    const Pictures pictures(a);
+    const Sequence<float> out = pictures.maps(a.pointer<float>());
+    float *borders = a.pointer<float>();
+    if (!a.complete()) return WRONG_ARGUMENTS;
+    const Output<float> output{out, {nullptr, 0, 0, 0}, out, 1.0f};
+    return scan(pictures.directions, pictures.sizes, output, Kept{nullptr, borders, nullptr}, threads);
+}
+
+// The gradients of `projected` are filled but for those of r: the steps' are (4, b, l, d). Those of the parameters of a
+// direction are (A, D, bias), as in `Gradients`.
+int selective_scan_2d_backward(Arguments &a) {
+    const Threads threads = a.threads();
+    if (a.integer() != FLOAT32) return WRONG_ARGUMENTS;
+    const Pictures pictures(a);
+    const Sizes &sizes = pictures.sizes;
+    Incoming<float> in{};
+    in.out = pictures.maps(a.pointer<const float>());
+    in.states = a.pointer<const float>();
+    in.scale = 1.0f;
+    const Sequence<float> du = pictures.maps(a.pointer<float>());
+    float *steps = a.pointer<float>(), *projected = a.pointer<float>(), *parameters = a.pointer<float>();
+    if (!a.complete()) return WRONG_ARGUMENTS;
+    Gradients<float> gradients[Pictures::DIRECTIONS];
+    const int64_t rank = pictures.directions[0].low_rank.rank, n = sizes.states;
+    for (int64_t s = 0; s < sizes.directions; ++s, projected += rank + 2 * n) {
+        const Sequence<float> ddelta = pictures.maps(steps + s * sizes.batch * sizes.length * sizes.channels);
+        float *own = parameters + s * sizes.channels * (n + 2);
+        gradients[s] = {du, ddelta, projected + rank, projected + rank + n, pictures.across, pictures.pixels, s > 0, own};
+    }
+    return scan_backward(pictures.directions, gradients, sizes, in, Sequence<float>{}, threads);
+}
 
 template <class T>
 Computed<T> read_computed(Arguments &a, const Sizes &sizes, const Sequence<const T> &x, int64_t width, int64_t rank) {
@@ -302,6 +380,6 @@ int bidirectional_blocks(Arguments &a) {
 }
 
 constexpr Kernels kernels(const char *name) {
-    return {name, selective_scan, selective_scan_backward, bidirectional_inner, bidirectional_blocks, add_norm,
+    return {name, selective_scan, selective_scan_backward, selective_scan_2d, selective_scan_2d_backward, bidirectional_inner, bidirectional_blocks, add_norm,
             add_norm_backward};
 }

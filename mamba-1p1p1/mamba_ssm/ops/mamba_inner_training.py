@@ -160,7 +160,7 @@ class _Side:
         B, C = (value.transpose(2, 3) for value in self._scan_inputs(projected))
         A = own.A_log.exp().neg_()
         r = projected[..., : self.rank].transpose(1, 2)
-        self.direction = native.Routed(
+        self.direction = native.LowRank(
             self.u.transpose(1, 2), r, A, B, C, own.D, own.delta_bias, reverse, own.delta_proj_weight
         )
         du, ddelta = self.du.transpose(1, 2), self.ddelta.transpose(1, 2)

@@ -23,16 +23,10 @@ LIBRARY = Library("mamba_ssm")
 
 
 @dataclass(frozen=True)
-class Routed(Direction):
-    """A direction that only these kernels take.
-
-    Attributes:
-        delta_weight: (d, r), where `delta` holds r (b, r, l) and the step sizes are the product of the two.
-        height: rows of the picture whose pixels, numbered row by row, are visited column by column; 1: as they come.
-    """
+class LowRank(Direction):
+    """A direction whose `delta` holds r (b, r, l): `delta_weight` (d, r) times it are the step sizes."""
 
     delta_weight: Tensor | None = None
-    height: int = 1
 
 
 def runs(direction: Direction) -> bool:
@@ -67,27 +61,13 @@ def scan(
     shape = (batch, chunks, len(directions), groups, states, channels // groups) if keep_states else (0,)
     borders = torch.empty(shape, dtype=torch.float32)
 
-    run_scan(call, directions, z, out, last, borders, softplus, scale)
-    return out.to(first.u.dtype), last, borders
-
-
-def run_scan(
-    call: Call,
-    directions: Sequence[Direction],
-    z: Tensor | None,
-    out: Tensor,
-    last: Tensor | None,
-    borders: Tensor,
-    softplus: bool,
-    scale: float = 1.0,
-) -> None:
-    """Fill `out`, `last` if it is given, and the states before each chunk if there is room for them."""
     call.integers(*_sizes(directions))
     _output(call, out, z, len(directions), scale)
-    call.address(last).address(borders if borders.numel() else None)
+    call.address(last).address(borders if keep_states else None)
     for direction in directions:
         _direction(call, direction, softplus)
     call.run(LIBRARY, "selective_scan")
+    return out.to(first.u.dtype), last, borders
 
 
 def _sizes(directions: Sequence[Direction]) -> tuple[int, ...]:
@@ -115,8 +95,8 @@ def _direction(call: Call, direction: Direction, softplus: bool) -> None:
     _projection(call, direction.B)
     _projection(call, direction.C)
     call.parameter(direction.D).parameter(direction.delta_bias).integers(softplus, direction.reverse)
-    weight, height = (direction.delta_weight, direction.height) if isinstance(direction, Routed) else (None, 1)
-    call.integers(height).parameter(weight).integers(0 if weight is None else weight.shape[1])
+    weight = direction.delta_weight if isinstance(direction, LowRank) else None
+    call.parameter(weight).integers(0 if weight is None else weight.shape[1])
 
 
 def scan_backward(
@@ -151,7 +131,6 @@ class Room:
         u, delta: (b, d, l), any strides.
         B, C: (b, g, l, n) of varying ones, alike in their strides, n contiguous; None of constant ones.
         record: A, then constant B and constant C, (d, n) each, then D and delta_bias, (d,) each.
-        adds: the gradient of u is added to what is there; without a gate.
     """
 
     u: Tensor
@@ -159,7 +138,6 @@ class Room:
     B: Tensor | None
     C: Tensor | None
     record: Tensor
-    adds: bool = False
 
     def named(self, direction: Direction) -> dict[str, Tensor]:
         """By the names of the arguments, in their order; also of D and delta_bias that are not there."""
@@ -196,7 +174,7 @@ def scan_backward_into(
 ) -> None:
     """Fill the gradients of an output that was multiplied with `scale`.
 
-    Of a `Routed` direction with a weight, the gradient of delta is that of the product with it.
+    Of a `LowRank` direction, the gradient of delta is that of the product.
     """
     call.integers(*_sizes(directions))
     call.sequence(dout).sequence(z).sequence(dz)
@@ -206,7 +184,7 @@ def scan_backward_into(
         call.sequence(room.u).sequence(room.delta).address(room.B).address(room.C)
         varying = room.C if room.B is None else room.B
         row, outer = (0, 0) if varying is None else (varying.stride(2), varying.stride(0) // direction.groups)
-        call.integers(row, outer, room.adds).address(room.record)
+        call.integers(row, outer).address(room.record)
     call.run(LIBRARY, "selective_scan_backward")
 
 

@@ -147,7 +147,7 @@ class Stage(Stacked):
 
     def _stack(self, values: list[Tensor]) -> Tensor:
         rows = [d.rows(v[self.batch].to(self.dtype)) for d, v in zip(self.directions, values, strict=True)]
-        return torch.stack(rows, 1).unflatten(-1, (self.groups, 1, -1))
+        return _side_by_side(rows).unflatten(-1, (self.groups, 1, -1))
 
     def per_channel(self, values: list[Tensor | None]) -> Tensor | None:
         """(d,) of each direction, zeros of one that has none, as (s, 1, g, 1, k); None if none has any."""
@@ -171,7 +171,12 @@ class Stage(Stacked):
             if self.state_dtype.is_complex:
                 part = torch.view_as_complex(part.unflatten(-1, (-1, 2)).contiguous())
             rows.append(direction.rows(part))
-        return torch.stack(rows, 1)[..., None]
+        return _side_by_side(rows)[..., None]
+
+
+def _side_by_side(rows: list[Tensor]) -> Tensor:
+    """(l, ...) of each direction as (l, s, ...), without a copy of the only one."""
+    return rows[0][:, None] if len(rows) == 1 else torch.stack(rows, 1)
 
 
 class Recurrence:
@@ -221,6 +226,8 @@ def _sum_over_states(values: Tensor, weights: Tensor, scratch: Tensor, out: Tens
     A matrix product does it in one pass where the weights vary over time and not over channels.
     """
     count, channels = values.shape[-2:]
+    if count == 1 and not values.is_complex():
+        return torch.mul(values.squeeze(-2), weights.squeeze(-2), out=out)
     if weights.shape[:-2] == values.shape[:-2] and weights.shape[-1] == 1 and not values.is_complex():
         rows = weights.reshape(-1, 1, count)
         torch.bmm(rows, values.view(-1, count, channels), out=out.view(-1, 1, channels))
