@@ -95,6 +95,17 @@ def test_routes_visit_each_pixel_once(directions: str, height: int, width: int, 
     assert places == [at, column * height + row, last - at, last - (column * height + row)]
 
 
+def test_autocast_narrows_nothing_inside(backend: str) -> None:
+    case = SCAN_2D["odd"]
+    t = {k: v.requires_grad_() for k, v in case.tensors(torch.float32).items()}
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = run(case, t)
+            results.append([out, *torch.autograd.grad(out.sum(), list(t.values()))])
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
 def test_is_a_scan_with_four_groups(backend: str) -> None:
     """One row: two directions are the others', and each is a selective scan of its own."""
     case = Scan2dCase(2, 1, 37, 8, 3, 2)

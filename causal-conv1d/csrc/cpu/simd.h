@@ -436,6 +436,15 @@ inline void prefetch(const void *p) {
 #endif
 }
 
+// Into the second cache.
+inline void prefetch_far(const void *p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p, 0, 2);
+#else
+    (void)p;
+#endif
+}
+
 constexpr int GROUP = 4;  // functions computed side by side, to keep the pipelines full
 
 // Call body(first, count) for `total` items in groups, count being a constant: GROUP, then 1.

@@ -19,8 +19,8 @@ Sequence<T> sequence(Arguments &a) {
     return {data, batch, channel, a.integer()};
 }
 
-// The order in which tokens are visited: from the first to the last or back; or, where they are the pixels of a picture of
-// `height` rows, numbered row by row, column by column.
+// The order in which tokens are visited: from the first to the last or back; or, where they are the pixels of a picture
+// of `height` rows, numbered row by row, column by column.
 struct Route {
     int64_t length, height;  // height 1: not by columns
     bool reverse;
@@ -108,19 +108,6 @@ inline Rows rows_of(const float *from, int64_t channel, int64_t token, int lanes
 inline Rows rows_of(const bfloat16 *from, int64_t channel, int64_t token, int lanes, int64_t tokens, float *tile) {
     gather(from, channel, token, lanes, tokens, tile);
     return {tile, LANES};
-}
-
-// The rows of channels from d that a route visits from `start` on: where they lie if they can, else in `tile`.
-template <class T>
-Rows rows_on(const Route &route, const Sequence<const T> &from, int64_t b, int64_t d, int lanes, int64_t start,
-             int64_t tokens, float *tile) {
-    Rows found{tile, LANES};
-    route.pieces(start, tokens, [&](int64_t first, int64_t token, int64_t step, int64_t count) {
-        const T *data = from.at(b, d, token);
-        if (count == tokens) found = rows_of(data, from.channel, step * from.token, lanes, tokens, tile);
-        else gather(data, from.channel, step * from.token, lanes, count, tile + first * LANES);
-    });
-    return found;
 }
 
 // Where rows for a sequence are written: in their place if they are dense and in fp32, else in a tile that

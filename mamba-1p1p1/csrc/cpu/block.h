@@ -96,7 +96,7 @@ inline int run_block(Block &block, Computed<float> *directions, const Sizes &siz
     const Sequence<const float> x{xz, length * wide, 1, wide}, z{xz + e, length * wide, 1, wide};
     const Sequence<float> inside{y, length * e, 1, e};
     for (int64_t s = 0; s < sizes.directions; ++s) directions[s].x = directions[s].reverse ? x.reversed(length) : x;
-    inner.run({inside, z, inside, block.scale});
+    inner.run({inside, z, inside, length, block.scale});
 
     if (shared.few) {
         for_each_task(threads, group_count(block.to_out, threads), [&](int64_t group, int64_t worker) {

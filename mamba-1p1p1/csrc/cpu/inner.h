@@ -193,7 +193,7 @@ private:
             const ScanMemory<Computed<T>> mine({own(worker)}, sizes_, partition_.blocks, directions_[0]);
             for (int64_t s = 0; s < sizes_.directions; ++s) {
                 Computed<T> source = directions_[s];
-                const Route route{sizes_.length, 1, source.reverse};
+                const bool way = source.reverse;
                 // Tokens below this number are reached by this direction before the other one.
                 const int64_t firsts = sizes_.length - (index + s) * spans_.tokens;
                 scan_part(source, sizes_, part, s, source.span, mine.work, kept_, mine.spare,
@@ -201,9 +201,9 @@ private:
                               float *tiles) {
                               const int64_t ahead = firsts - start;
                               const int64_t head = ahead < 0 ? 0 : ahead < tokens ? ahead : tokens;
-                              if (head) output.take(p, route, true, false, lanes, d, start, head, y, tiles);
+                              if (head) output.take(p, way, true, false, lanes, d, start, head, y, tiles);
                               if (head == tokens) return;
-                              output.take(p, route, false, true, lanes, d, start + head, tokens - head, y.from(head),
+                              output.take(p, way, false, true, lanes, d, start + head, tokens - head, y.from(head),
                                           tiles);
                           });
             }

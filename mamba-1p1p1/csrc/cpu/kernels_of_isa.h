@@ -8,6 +8,8 @@
 
 #include "scan.h"
 
+#include "scan_2d.h"
+
 #include "scan_backward.h"
 
 #include "gemm.h"
@@ -19,11 +21,11 @@
 #include "block.h"
 
 template <class T>
-Output<T> read_output(Arguments &a) {
+Output<T> read_output(Arguments &a, const Sizes &sizes) {
     const Sequence<T> out = sequence<T>(a);
     const Sequence<const T> z = sequence<const T>(a);
     const Sequence<float> sum = sequence<float>(a);
-    return {out, z, sum, static_cast<float>(a.number())};
+    return {out, z, sum, sizes.length, static_cast<float>(a.number())};
 }
 
 inline Sizes read_sizes(Arguments &a) {
@@ -60,7 +62,6 @@ Given<T> read_given(Arguments &a, const Sizes &sizes) {
     given.low_rank.weight = a.pointer<const float>();
     given.low_rank.rank = a.integer();
     given.states = sizes.states;
-    given.packed = nullptr;
     return given;
 }
 
@@ -77,7 +78,7 @@ bool of_one_rank(const Given<T> *directions, const Sizes &sizes) {
 template <class T>
 int selective_scan_of(Arguments &a, Threads threads) {
     const Sizes sizes = read_sizes(a);
-    const Output<T> output = read_output<T>(a);
+    const Output<T> output = read_output<T>(a, sizes);
     float *last = a.pointer<float>(), *borders = a.pointer<float>();
     if (sizes.directions > ENDS) return WRONG_ARGUMENTS;
     Given<T> directions[ENDS];
@@ -164,7 +165,6 @@ struct Pictures {
             to.route = {sizes.length, by_columns ? height : 1, reverse};
             to.states = n;
             to.low_rank = {weight + s * d * rank, rank};
-            to.packed = nullptr;
         }
     }
     template <class T>
@@ -180,8 +180,7 @@ int selective_scan_2d(Arguments &a) {
     const Sequence<float> out = pictures.maps(a.pointer<float>());
     float *borders = a.pointer<float>();
     if (!a.complete()) return WRONG_ARGUMENTS;
-    const Output<float> output{out, {nullptr, 0, 0, 0}, out, 1.0f};
-    return scan(pictures.directions, pictures.sizes, output, Kept{nullptr, borders, nullptr}, threads);
+    return scan_pictures(pictures.directions, pictures.sizes, out, borders, threads);
 }
 
 // The gradients of `projected` are filled but for those of r: the steps' are (4, b, l, d). Those of the parameters of a
@@ -203,7 +202,8 @@ int selective_scan_2d_backward(Arguments &a) {
     for (int64_t s = 0; s < sizes.directions; ++s, projected += rank + 2 * n) {
         const Sequence<float> ddelta = pictures.maps(steps + s * sizes.batch * sizes.length * sizes.channels);
         float *own = parameters + s * sizes.channels * (n + 2);
-        gradients[s] = {du, ddelta, projected + rank, projected + rank + n, pictures.across, pictures.pixels, s > 0, own};
+        gradients[s] = {du, ddelta, projected + rank, projected + rank + n, pictures.across, pictures.pixels, s > 0,
+                        own};
     }
     return scan_backward(pictures.directions, gradients, sizes, in, Sequence<float>{}, threads);
 }
@@ -230,7 +230,7 @@ Computed<T> read_computed(Arguments &a, const Sizes &sizes, const Sequence<const
 template <class T>
 int bidirectional_inner_of(Arguments &a, Threads threads) {
     const Sizes sizes = read_sizes(a);
-    const Output<T> output = read_output<T>(a);
+    const Output<T> output = read_output<T>(a, sizes);
     const Sequence<const T> x = sequence<const T>(a);
     const int64_t width = a.integer(), rank = a.integer();
     if (sizes.directions != ENDS || sizes.groups != 1) return WRONG_ARGUMENTS;
@@ -380,6 +380,6 @@ int bidirectional_blocks(Arguments &a) {
 }
 
 constexpr Kernels kernels(const char *name) {
-    return {name, selective_scan, selective_scan_backward, selective_scan_2d, selective_scan_2d_backward, bidirectional_inner, bidirectional_blocks, add_norm,
-            add_norm_backward};
+    return {name, selective_scan, selective_scan_backward, selective_scan_2d, selective_scan_2d_backward,
+            bidirectional_inner, bidirectional_blocks, add_norm, add_norm_backward};
 }

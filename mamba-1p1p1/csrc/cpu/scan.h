@@ -258,19 +258,13 @@ struct Output {
     Sequence<T> out;
     Sequence<const T> z;  // data may be null: no gate
     Sequence<float> sum;  // where directions meet; the same memory as `out` where that is in fp32
+    int64_t length;
     float scale;
 
-    // The rows of `from` are of the times from `start` on. Its y is overwritten; `tiles` has room for two.
-    void take(const Part &part, const Route &route, bool first, bool last, int d_lanes, int64_t d, int64_t start,
+    // `reverse`: the tokens of `from` run from the end. Its y is overwritten; `tiles` has room for two.
+    void take(const Part &part, bool reverse, bool first, bool last, int d_lanes, int64_t d, int64_t start,
               int64_t tokens, const Scanned &from, float *tiles) const {
-        route.pieces(start, tokens, [&](int64_t done, int64_t token, int64_t step, int64_t count) {
-            take_piece(part, token, step, first, last, d_lanes, d, count, from.from(done), tiles);
-        });
-    }
-
-    // `tokens` of them, the first of which is t, `way` apart.
-    void take_piece(const Part &part, int64_t t, int64_t way, bool first, bool last, int d_lanes, int64_t d,
-                    int64_t tokens, const Scanned &from, float *tiles) const {
+        const int64_t t = reverse ? length - 1 - start : start, way = reverse ? -1 : 1;
         float *partial = sum.at(part.batch, d, t);
         Rows before{};
         if (!first) before = rows_of(partial, sum.channel, way * sum.token, d_lanes, tokens, tiles);
@@ -330,14 +324,13 @@ struct LowRank {
             for (int i = 0; i < n; ++i) store(out + (t + i) * LANES, sums[i]);
         });
     }
-    // The delta of the tokens that a route visits from `start` on, of channels whose weights are `packed`.
+    // out (tokens, LANES) = the delta of what a route visits from `start` on, of channels whose weights are `packed`.
     template <class T>
-    Rows expand(const Sequence<const T> &from, const Route &route, int64_t b, const float *packed, int64_t start,
-                int64_t tokens, float *tile) const {
+    void expand(const Sequence<const T> &from, const Route &route, int64_t b, const float *packed, int64_t start,
+                int64_t tokens, float *out) const {
         route.pieces(start, tokens, [&](int64_t first, int64_t token, int64_t step, int64_t count) {
-            multiply(from.at(b, 0, token), step * from.token, from.channel, rank, packed, count, tile + first * LANES);
+            multiply(from.at(b, 0, token), step * from.token, from.channel, rank, packed, count, out + first * LANES);
         });
-        return {tile, LANES};
     }
 };
 
@@ -354,25 +347,25 @@ struct Given {
     Route route;
     int64_t states;
     LowRank low_rank;
-    float *packed;  // the weight of that, for the channels of a task
 
     bool constant_b() const { return fixed_b; }
     bool constant_c() const { return fixed_c; }
-    void begin(const Part &part, float *memory) {
-        packed = memory;
-        if (low_rank.weight) low_rank.pack(part, memory);
-    }
-    int64_t spare(int64_t blocks) const { return blocks * low_rank.rank * LANES; }
+    void begin(const Part &, float *) {}
+    int64_t spare(int64_t) const { return 0; }
     const float *A(int64_t d) const { return rates_of + d * states; }
     Vec rates(Vec stored) const { return stored; }
 
     void stage_projection(const T *data, const int64_t *strides, const Part &part, int64_t start, int64_t tokens,
                           float *out) const {
-        const T *from = data + part.batch * strides[0] + part.group * strides[1];
-        for (int64_t i = 0; i < tokens; ++i) {
-            const int64_t t = route.token(start + i);
-            for (int64_t j = 0; j < states; ++j) out[i * states + j] = to_float(from[j * strides[2] + t * strides[3]]);
-        }
+        const T *first = data + part.batch * strides[0] + part.group * strides[1];
+        const int64_t state = strides[2];
+        route.pieces(start, tokens, [&](int64_t done, int64_t token, int64_t step, int64_t count) {
+            const T *from = first + token * strides[3];
+            float *to = out + done * states;
+            for (int64_t i = 0; i < count; ++i, from += step * strides[3], to += states) {
+                for (int64_t j = 0; j < states; ++j) to[j] = to_float(from[j * state]);
+            }
+        });
     }
     void stage_projections(const Part &part, int64_t start, int64_t tokens, float *B, float *C) const {
         if (B) stage_projection(B_data, B_strides, part, start, tokens, B);
@@ -384,11 +377,10 @@ struct Given {
     }
     Rows stage(const Part &part, int64_t d, int lanes, int64_t start, int64_t tokens, const Staged &to) const {
         const Vec shift = bias ? load_lanes(bias + d, 1, lanes) : broadcast(0.0f);
-        const Rows x = rows_on(route, u, part.batch, d, lanes, start, tokens, to.tiles);
-        float *const tile = to.tiles + CHUNK * LANES;
-        const Rows raw = low_rank.weight ? low_rank.expand(delta, route, part.batch, packed + (d - part.first) * low_rank.rank,
-                                                           start, tokens, tile)
-                                         : rows_on(route, delta, part.batch, d, lanes, start, tokens, tile);
+        const int64_t t = route.token(start), way = route.reverse ? -1 : 1;
+        const Rows x = rows_of(u.at(part.batch, d, t), u.channel, way * u.token, lanes, tokens, to.tiles);
+        const Rows raw = rows_of(delta.at(part.batch, d, t), delta.channel, way * delta.token, lanes, tokens,
+                                 to.tiles + CHUNK * LANES);
         stage_rows(tokens, raw, shift, softplus_steps, x, to);
         return x;
     }
@@ -421,8 +413,8 @@ int scan(const Given<T> *sources, const Sizes &sizes, const Output<T> &output, c
             scan_part(source, sizes, part, s, Span{0, sizes.length}, own.work, kept, own.spare,
                       [&](const Part &p, int64_t d, int lanes, int64_t start, int64_t tokens, const Scanned &y,
                           float *tiles) {
-                          output.take(p, source.route, s == 0, s == sizes.directions - 1, lanes, d, start, tokens, y,
-                                      tiles);
+                          output.take(p, source.route.reverse, s == 0, s == sizes.directions - 1, lanes, d, start,
+                                      tokens, y, tiles);
                       });
         }
     });

@@ -147,8 +147,8 @@ struct Gradients {
     Sequence<T> u, delta;
     float *B, *C;  // of varying ones: (b, g, l, n), n contiguous, a distance `row` apart along l, `outer` along (b, g)
     int64_t row, outer;
-    bool adds;             // to the gradient of u that is there; without a gate
-    float *parameters;     // A, then constant B and constant C, (d, n) each, then D and delta_bias, (d,) each
+    bool adds;          // to the gradient of u that is there; without a gate
+    float *parameters;  // A, then constant B and constant C, (d, n) each, then D and delta_bias, (d,) each
 };
 
 // What arrives from behind a scan: the gradients of its output and, for one direction, of its last state (b, d, n), or

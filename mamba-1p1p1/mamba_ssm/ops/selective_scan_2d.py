@@ -9,7 +9,7 @@ composed of `selective_scan` with a group for each direction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -97,7 +97,18 @@ def _scan_arguments(x: Tensor, projected: Tensor, parameters: Sequence[Any], dir
     return u, delta, A.flatten(0, 1), B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1), skip, shift
 
 
+def _outside_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel with its products in the dtype of their inputs, wherever it is called."""
+
+    def run(first: Tensor, *rest: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return kernel(first, *rest)
+
+    return run
+
+
 @FAMILY.kernel("torch", "selective_scan_2d")
+@_outside_autocast
 def _scan_2d(x: Tensor, projected: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *parameters, directions, keep_states = arguments
     dtype = scan_dtype(x, projected, parameters[1])
@@ -108,6 +119,7 @@ def _scan_2d(x: Tensor, projected: Tensor, *arguments: Any) -> tuple[Tensor, Ten
 
 
 @FAMILY.kernel("torch", "selective_scan_2d_backward")
+@_outside_autocast
 def _scan_2d_backward(dout: Tensor, states: Tensor, x: Tensor, projected: Tensor, *arguments: Any) -> list[Tensor]:
     dt_weight, A, D, dt_bias, directions = arguments
     given = _scan_arguments(x.to(dout.dtype), projected.to(dout.dtype), arguments[:-1], directions)
@@ -131,7 +143,7 @@ def _scan_2d_backward(dout: Tensor, states: Tensor, x: Tensor, projected: Tensor
 
 
 FAMILY.compiled_kernel("native", "selective_scan_2d", native.scan)
-FAMILY.compiled_kernel("native", "selective_scan_2d_backward", native.scan_backward)
+FAMILY.compiled_kernel("native", "selective_scan_2d_backward", _outside_autocast(native.scan_backward))
 
 # --- public functions -----------------------------------------------------------------------------------------------
 
