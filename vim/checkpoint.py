@@ -2,7 +2,7 @@
 
 Layouts that are read: {"model": weights, "model_ema": ..., "args": ..., "epoch": ...} of `main.py`,
 {"state_dict": ...}, {"module": ...}, a bare {name: tensor}, and safetensors (class names, model name and picture size
-in its metadata).
+in its metadata). Weights of a VMamba are renamed to those of the models here, whichever line they are of.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import errno
 import json
 import os
 import pickle
-import re
 import shutil
 import struct
 import zipfile
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+import other_family
 from checkpoint_sources import CheckpointError, find_file, first_line
 from pos_embed import resize_pos_embed
 from weights import LoadReport, load_weights
@@ -65,7 +65,8 @@ class Checkpoint:
         args: the command line of the training run, if it was stored.
         epoch: the last finished epoch, counted from 0.
         class_names: names by class number.
-        model_name, img_size: registered name and picture size (pixels) of the network, when the file says.
+        model_name, img_size: registered name and picture size (pixels) of the network, when the file says; the name
+            of a published VMamba is found by the sizes of its weights.
         source: the file or repository that was read, for messages.
         extra: everything else: optimizer, lr_scheduler, scaler ...
     """
@@ -82,9 +83,9 @@ class Checkpoint:
 
     @property
     def num_classes(self) -> int:
-        """Classes of the head: rows of head.weight, 0 without a head."""
-        head = self.model.get("head.weight")
-        return 0 if head is None or head.ndim == 0 else head.shape[0]
+        """Classes of the head: rows of its weight, 0 without a head."""
+        heads = (self.model.get(name) for name in ("head.weight", "classifier.head.weight"))
+        return next((head.shape[0] for head in heads if head is not None and head.ndim), 0)
 
 
 def read_checkpoint(source: str, *, finetuned: bool = False, cache_dir: str | None = None) -> Checkpoint:
@@ -149,14 +150,19 @@ def _read_torch(path: Path, name: str) -> Any:
         with _namespaces_allowed():
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        if foreign:
-            raise CheckpointError(
-                f"{name} holds a Python object ({foreign.group(1).rstrip('.')}) besides tensors and numbers, which "
-                "could run code, so it is refused: save the weights alone, or as safetensors"
-            ) from error
-        raise _unreadable(name, error) from error
+        return _read_around_objects(path, name, error)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise _unreadable(name, error) from error
+
+
+def _read_around_objects(path: Path, name: str, error: pickle.UnpicklingError) -> Any:
+    """Read a file with objects that torch does not know, such as the settings of a run, without making any."""
+    reader = other_family.package().unpickling
+    try:
+        return reader.read_without_running(path, name)
+    except reader.RefusedError as refusal:
+        raise CheckpointError(str(refusal)) from error
+    except (ValueError, OSError):
         raise _unreadable(name, error) from error
 
 
@@ -180,20 +186,23 @@ def _interpret(payload: Any, name: str) -> Checkpoint:
         if not entries or not all(isinstance(value, Tensor) for value in entries.values()):
             listed = ", ".join(str(entry) for entry in list(entries)[:8]) or "nothing"
             raise CheckpointError(f"{name} holds no weights: its entries are {listed}")
-        return Checkpoint(_checked_weights(entries, name), source=name)
+        weights = _checked_weights(entries, name)
+        return Checkpoint(weights, model_name=_vmamba_name(weights), source=name)
     args = entries.pop("args", None)
     args = args if isinstance(args, argparse.Namespace) else None
     ema = entries.pop("model_ema", None)
     if "processes" in entries:  # of a run of ours, which writes down what others may not have or mean otherwise
         _refuse_damage(entries, args, name)
     img_size = entries.pop("img_size", getattr(args, "input_size", None))
+    weights = _checked_weights(entries.pop(key), name)
+    model_name = _typed(str, entries.pop("model_name", None) or getattr(args, "model", None))
     return Checkpoint(
-        model=_checked_weights(entries.pop(key), name),
+        model=weights,
         ema=_checked_weights(ema, name) if isinstance(ema, Mapping) and ema else None,
         args=args,
         epoch=_typed(int, entries.pop("epoch", None)),
         class_names=_class_names(entries.pop("class_names", None), name),
-        model_name=_typed(str, entries.pop("model_name", None) or getattr(args, "model", None)),
+        model_name=model_name or _vmamba_name(weights),
         img_size=_size(img_size),
         source=name,
         extra=entries,
@@ -256,8 +265,18 @@ def _checked_weights(weights: Mapping[str, Any], name: str) -> dict[str, Tensor]
             raise CheckpointError(f"{name} holds a {type(value).__name__} under {key!r}, not a tensor under its name")
         if value.is_meta or value.is_quantized or value.layout != torch.strided or value.is_complex():
             raise CheckpointError(f"{name} holds under {key!r} a tensor that is no array of real numbers")
+    if other_family.is_vmamba(weights):
+        try:
+            return other_family.package().weights.rename(weights)
+        except ValueError as error:
+            raise CheckpointError(f"{name} cannot be used: {error}") from error
     prefix = "module." if all(key.startswith("module.") for key in weights) else ""
     return {key[len(prefix) :]: value for key, value in weights.items()}
+
+
+def _vmamba_name(weights: Mapping[str, Tensor]) -> str | None:
+    """Return the registered name of the VMamba that weights fit; the published files do not say it."""
+    return other_family.package().weights.fitting_variant(weights) if other_family.is_vmamba(weights) else None
 
 
 def save_checkpoint(path: str | Path, contents: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from mamba_ssm.modules.mamba_simple import Mamba
 from model_setup import input_shape
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.LayerNorm, nn.BatchNorm2d)
 # What a mixer multiplies every token with; the fused mixers use these weights without calling the modules.
 _MIXER_WEIGHTS = ("in_proj", "conv1d", "conv1d_b", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b", "out_proj")
 
@@ -29,17 +30,29 @@ class FlopCount:
         state_updates: b * l * d * n summed over all scans; one direction of one mixer is one scan.
         channel_updates: b * l * d summed over all scans.
         bias_additions: additions of biases of convolutions and linears.
+        norm_flops: of the norms, by fvcore's rule.
+        pooled_values: values that are averaged into one by pooling.
     """
 
     multiply_adds: int = 0
     state_updates: int = 0
     channel_updates: int = 0
     bias_additions: int = 0
+    norm_flops: int = 0
+    pooled_values: int = 0
 
     @property
     def scan_flops(self) -> int:
         """The customary count of the scans: 9 per state and token, 9 * b * l * d * n."""
         return SCAN_FLOPS_PER_STATE * self.state_updates
+
+    @property
+    def fvcore_flops(self) -> int:
+        """What VMamba's papers count, by fvcore's rules: multiply-adds, norms, pooling, and the scans.
+
+        A scan counts 9 per token, channel and state, and 1 per token and channel for the D skip.
+        """
+        return self.multiply_adds + self.norm_flops + self.pooled_values + self.scan_flops + self.channel_updates
 
     @property
     def operations(self) -> int:
@@ -62,7 +75,7 @@ def count_flops(model: nn.Module, img_size: int | tuple[int, int] | None = None)
     """Count one forward pass of one picture through `model`, by watching the shapes that pass through it.
 
     Args:
-        model: a `VisionMamba`, or any model whose cost lies in convolutions and linears (timm's).
+        model: a `VisionMamba`, a `VSSM`, or any model whose cost lies in convolutions and linears (timm's).
         img_size: pixels, one number or (height, width); None: the model's own.
     """
     count = FlopCount()
@@ -70,6 +83,12 @@ def count_flops(model: nn.Module, img_size: int | tuple[int, int] | None = None)
     def watch(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if isinstance(module, Mamba):
             _add_mixer(count, module, inputs[0])
+        elif _is_ss2d(module):
+            _add_ss2d(count, module, inputs[0])
+        elif isinstance(module, _NORMS):
+            count.norm_flops += _norm_flops(module, output.numel())
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            count.pooled_values += inputs[0].numel()
         else:
             _add_layer(count, module, output)
 
@@ -88,13 +107,13 @@ def count_flops(model: nn.Module, img_size: int | tuple[int, int] | None = None)
 
 
 def _counted_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the mixers, and the convolutions and linears that are not inside one."""
-    mixers: list[nn.Module] = [module for module in model.modules() if isinstance(module, Mamba)]
+    """Return the mixers, and the convolutions, linears, norms and pools that are not inside one."""
+    mixers = [module for module in model.modules() if isinstance(module, Mamba) or _is_ss2d(module)]
     inside = {id(part) for mixer in mixers for part in mixer.modules()}
     layers = [
         module
         for module in model.modules()
-        if isinstance(module, (*_CONVOLUTIONS, nn.Linear)) and id(module) not in inside
+        if isinstance(module, (*_CONVOLUTIONS, nn.Linear, *_NORMS, nn.AdaptiveAvgPool2d)) and id(module) not in inside
     ]
     return mixers + layers
 
@@ -110,6 +129,31 @@ def _add_mixer(count: FlopCount, mixer: Mamba, tokens: Tensor) -> None:
     scans = 2 if mixer.bimamba_type in ("v1", "v2") else 1
     count.channel_updates += scans * number * mixer.d_inner
     count.state_updates += scans * number * mixer.d_inner * mixer.d_state
+
+
+def _is_ss2d(module: nn.Module) -> bool:
+    """Whether this is the mixer of a VMamba, known by its weights: its package is imported only with such a model."""
+    return hasattr(module, "x_proj_weight") and hasattr(module, "dt_projs_weight")
+
+
+def _add_ss2d(count: FlopCount, mixer: Any, x: Tensor) -> None:
+    """Add a mixer that got a map `x` of any layout: every weight meets every pixel once, in all four directions."""
+    pixels = x.numel() // mixer.d_model
+    weights = [mixer.x_proj_weight, mixer.dt_projs_weight]
+    for part in mixer.modules():
+        if isinstance(part, (*_CONVOLUTIONS, nn.Linear)):
+            weights.append(part.weight)
+            count.bias_additions += pixels * (0 if part.bias is None else part.bias.numel())
+        elif isinstance(part, _NORMS):
+            count.norm_flops += _norm_flops(part, pixels * mixer.d_inner)
+    count.multiply_adds += pixels * sum(weight.numel() for weight in weights)
+    count.channel_updates += pixels * mixer.A_logs.shape[0]
+    count.state_updates += pixels * mixer.A_logs.numel()
+
+
+def _norm_flops(norm: nn.Module, values: int) -> int:
+    """Return what fvcore counts: for a LayerNorm 4 per value, for a BatchNorm, which only scales and shifts, 1."""
+    return values * ((4 if isinstance(norm, nn.LayerNorm) else 1) + (norm.weight is not None))
 
 
 def _add_layer(count: FlopCount, layer: Any, output: Tensor) -> None:

@@ -2,6 +2,7 @@
 """Name what is in pictures, on a Raspberry Pi or any other machine.
 
 python vim/infer_rpi.py --image cat.jpg --checkpoint vim_tiny.pth
+python vim/infer_rpi.py --image cat.jpg --checkpoint vmamba_tiny.pth --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line; its names are those of the Raspberry Pi guides."""
     parser = argparse.ArgumentParser(
-        description="Name what is in pictures with Vision Mamba.",
+        description="Name what is in pictures with Vision Mamba or VMamba.",
         epilog="Exit code: 0, 1 if some pictures failed, 2 if all did or the command cannot be carried out.",
     )
     add = parser.add_argument
@@ -93,6 +94,7 @@ def classify_and_print(args: argparse.Namespace) -> int:
 def _describe(classifier: Classifier, backend: str, threads: int) -> None:
     """Say on standard error what will run."""
     from causal_conv1d.backend.machine import has_fast_bf16
+    from model_setup import published_weights
 
     millions = sum(weight.numel() for weight in classifier.model.parameters()) / 1e6
     _, height, width = classifier.shape
@@ -108,7 +110,7 @@ def _describe(classifier: Classifier, backend: str, threads: int) -> None:
     else:
         note(
             "warning: no --checkpoint was given, so the weights are random and the predictions mean nothing; "
-            "for ImageNet's classes try --checkpoint hustvl/Vim-tiny-midclstok."
+            f"for ImageNet's classes try --checkpoint {published_weights(classifier.model_name)}."
         )
     if classifier.resized is not None:
         before, after = classifier.resized

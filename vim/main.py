@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train, fine-tune and evaluate Vim, or any timm model, on labelled pictures.
+"""Train, fine-tune and evaluate Vim, VMamba, or any timm model, on labelled pictures.
 
 python vim/main.py --model NAME --data-path DIR --output_dir RUN               (pictures: DIR/train/CLASS/*.jpg)
 python vim/main.py --finetune CHECKPOINT --data-path DIR --output_dir RUN      (other classes, another size)
@@ -117,6 +117,8 @@ def _weights_to_measure(
 def _class_count(checkpoint: Checkpoint, model_name: str) -> int:
     """Return the classes of the checkpoint's classifier, wherever the model keeps it (resnets: fc)."""
     described = timm.models.get_pretrained_cfg(model_name, allow_unregistered=True)
+    if described is None and checkpoint.num_classes:  # ours, which timm knows by name alone
+        return checkpoint.num_classes
     classifier = getattr(described, "classifier", None) or "head"
     first = classifier if isinstance(classifier, str) else classifier[0]
     weight = checkpoint.model.get(f"{first}.weight")

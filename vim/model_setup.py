@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import models_mamba  # noqa: F401  (its models are registered with timm by importing it)
+import other_family
 from causal_conv1d.backend import use_backend
 from checkpoint import Checkpoint, read_checkpoint
 from checkpoint_sources import first_line
@@ -61,20 +62,15 @@ def build_model(
     """Return the registered model `name` in evaluation mode, with random weights (the same ones for a seed).
 
     Args:
-        name: a name that timm knows, the ones of `models_mamba` included.
+        name: a name that timm knows, the ones of `models_mamba` and of `vmamba` included.
         num_classes: rows of the classifier.
         img_size: pixels, one number or (height, width); None: the model's own.
         options: further arguments of the model; global_pool is left out for models without it.
     Raises:
         UsageError: there is no such model, or not for that size or number of classes.
     """
-    if not timm.is_model(name):
-        near = [
-            *difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0.6),
-            *_models_that_begin_like(name),
-            *difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.4),
-        ]
-        hint = f"the nearest is {near[0]!r}" if near else "timm.list_models() gives the names"
+    if not is_registered(name):
+        hint = f"the nearest is {nearest!r}" if (nearest := _nearest(name)) else "timm.list_models() gives the names"
         raise UsageError(f"There is no model called {name!r}; {hint}.")
     torch.manual_seed(seed)
     if img_size is not None:
@@ -82,7 +78,9 @@ def build_model(
     try:
         while True:
             try:
-                return timm.create_model(name, num_classes=num_classes, **options).eval()
+                model = timm.create_model(name, num_classes=num_classes, **options).eval()
+                _refuse_small_pictures(model, img_size)
+                return model
             except TypeError as error:  # convolutions take any size, Vim has no global_pool
                 unknown = [
                     option for option in ("img_size", "global_pool") if option in str(error) and option in options
@@ -93,6 +91,37 @@ def build_model(
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         at_size = f"{img_size} pixels and " if img_size else ""
         raise UsageError(f"{name} cannot be built for {at_size}{num_classes} classes: {first_line(error)}.") from error
+
+
+def is_registered(name: str) -> bool:
+    """Whether timm knows a model called `name`, VMamba's included, which are registered by asking for one."""
+    if not timm.is_model(name):
+        other_family.package()
+    return timm.is_model(name)
+
+
+def published_weights(name: str) -> str:
+    """Return where weights for ImageNet's classes are: those published for the VMamba `name`, else Vim-Tiny's."""
+    if name not in VARIANTS and name in other_family.package().weights.PUBLISHED:
+        return other_family.package().weights.published_url(name)
+    return "hustvl/Vim-tiny-midclstok"
+
+
+def _nearest(name: str) -> str | None:
+    ours = [*VARIANTS, *other_family.package().factories.VARIANTS]
+    near = [
+        *difflib.get_close_matches(name, ours, n=1, cutoff=0.6),
+        *_models_that_begin_like(name),
+        *difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.4),
+    ]
+    return near[0] if near else None
+
+
+def _refuse_small_pictures(model: Any, img_size: int | tuple[int, int] | None) -> None:
+    """Raise ValueError for pictures that a network for any size, VMamba, can make no map of."""
+    least = getattr(model, "least_size", 1)
+    if min(input_shape(model, img_size)[1:]) < least:
+        raise ValueError(f"its pictures must have at least {least} x {least} pixels")
 
 
 def _models_that_begin_like(name: str) -> list[str]:

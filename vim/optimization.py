@@ -16,7 +16,7 @@ from checkpoint_sources import first_line
 from flags import UsageError
 
 REFERENCE_BATCH = 512  # pictures per step that --lr is meant for
-_STATE_SPACE = ("A_log", "A_b_log", "D", "D_b")
+_STATE_SPACE = ("A_log", "A_b_log", "D", "D_b", "A_logs", "Ds", "dt_projs_bias")
 _OF_THE_WEIGHTS_SHAPE = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg")  # of an optimizer's state
 
 
@@ -63,7 +63,7 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
     """Return the timm optimizer that `args` names (opt, lr, weight_decay, momentum, opt_eps, opt_betas).
 
     No weight decay on vectors (norms, biases, D) and on what model.no_weight_decay() names. Upstream's decay of
-    A_log, a matrix, stays unless `--mend ssm-decay`.
+    A_log, a matrix, stays unless `--mend ssm-decay`; of VMamba, that of A_logs and dt_projs_bias.
 
     Raises:
         UsageError: there is no such optimizer, or not with these settings.

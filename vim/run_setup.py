@@ -192,13 +192,14 @@ def _start_from(model: nn.Module, started: Checkpoint, args: argparse.Namespace)
     extra = [name for name in weights if name.startswith("head_dist.") and name not in own]
     for name in [*fresh, *extra]:
         del weights[name]
-    dropped = {name.split(".")[0] for name in fresh}
+    dropped = {name.rpartition(".")[0] for name in fresh}
+    ours = {"head", "classifier.head"}
     report = load_weights(
         model,
         weights,
         resize=args.pos_embed_resize,
-        drop_head="head" in dropped,
-        strict=not dropped - {"head"},
+        drop_head=bool(dropped & ours),
+        strict=not dropped - ours,
         source_grid=patch_grid(model, started.img_size),
     )
     print(f"weights: {started.source}" + (", with a new head for these classes" if dropped else ""))

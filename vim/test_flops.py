@@ -5,7 +5,8 @@ python vim/test_flops.py --model vim_tiny_patch16_224 --img-size 224
 
 Two counts of FLOPs, of one picture: the usual one, multiply-adds of convolutions and linears with
 9 * b * l * d * n for the scans beside it; and literal operations, 2 per multiply-add, scans included
-(`flops.FlopCount.operations` says what is counted as one).
+(`flops.FlopCount.operations` says what is counted as one). For a VMamba also the count of its papers, by fvcore's
+rules, in which norms are counted too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from command_line import DEFAULT_MODEL, add_run_flags, positive, run_script
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 
@@ -54,7 +54,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         place,
         refuse_failures,
     )
-    from timing import time_repeatedly
+    from other_family import is_vmamba
+    from timing import peak_memory, time_repeatedly
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -75,9 +76,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "multiply_adds": count.multiply_adds,
         "scan_flops": count.scan_flops,
         "operations": count.operations,
+        **({"fvcore_flops": count.fvcore_flops} if is_vmamba(model.state_dict()) else {}),
         "latency": timing.as_json(),
         "pictures_per_second": round(args.batch_size / timing.median, 3),
-        "peak_memory_bytes": _peak_memory(device),
+        "peak_memory_bytes": peak_memory(device),
     }
 
 
@@ -87,20 +89,6 @@ def _weights(model: nn.Module) -> dict[str, int]:
         "parameters": sum(weight.numel() for weight in parameters),
         "parameter_bytes": sum(weight.numel() * weight.element_size() for weight in parameters),
     }
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes in use: of the GPU's memory, else of this process; None if unknown."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows has no such count
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
 def print_text(found: dict[str, Any]) -> None:
@@ -121,6 +109,8 @@ def print_text(found: dict[str, Any]) -> None:
         "Throughput": f"{found['pictures_per_second']:.2f} pictures per second",
         "Peak memory": f"{memory} {where}" if peak is not None else memory,
     }
+    if "fvcore_flops" in found:
+        lines["FLOPs"] = f"{found['fvcore_flops'] / 1e9:.3f} G per picture, as VMamba's papers count: by fvcore's rules"
     for name, value in lines.items():
         print(f"{name + ':':<15}{value}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,3 +68,15 @@ def time_repeatedly(run: Callable[[], object], repeat: int, *, warm_up: int = 2)
 def _finish() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes in use: of the GPU's memory, else of this process; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows has no such count
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

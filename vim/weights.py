@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+import other_family
 from checkpoint_sources import CheckpointError
 from pos_embed import resize_pos_embed
 
-_HEAD = ("head.weight", "head.bias")
+_HEAD = ("head.weight", "head.bias", "classifier.head.weight", "classifier.head.bias")
 # Computed from the model's own grid, never learned.
 _COMPUTED = ("rope.freqs_cos", "rope.freqs_sin")
 
@@ -44,7 +45,7 @@ def load_weights(
     """Copy weights into `model`; `state` is not changed, and `model` neither if an error is raised.
 
     The position embedding is resized to the model's patch grid, rotary tables are the model's own, and the head is left
-    out where the model has none.
+    out where the model has none. Weights of a VMamba must have the names that `read_checkpoint` gives them.
 
     Args:
         state: tensors by name.
@@ -67,9 +68,11 @@ def load_weights(
     report.unexpected = [key for key in state if key not in own]
     lost = [key for key in report.missing if not (drop_head and key in _HEAD)]
     if strict and (lost or report.unexpected):
-        raise CheckpointError(_names_differ(lost, report.unexpected))
+        raise CheckpointError(_names_differ(_owner(state, own), lost, report.unexpected))
     if "pos_embed" in own and "pos_embed" in state and hasattr(model, "class_token_placement"):
         state["pos_embed"] = _fit_pos_embed(model, state["pos_embed"], own["pos_embed"], resize, source_grid, report)
+    elif "pos_embed" in own and "pos_embed" in state and other_family.is_vmamba(own):
+        state["pos_embed"] = _fit_map(state["pos_embed"], own["pos_embed"], report)
     _check_shapes(own, state)
     model.load_state_dict(state, strict=False)
     return report
@@ -97,6 +100,17 @@ def _fit_pos_embed(
     return fitted
 
 
+def _fit_map(given: Tensor, own: Tensor, report: LoadReport) -> Tensor:
+    """Return the position embedding of a VMamba, (1, c, rows, columns), in the size of the model's own."""
+    try:
+        fitted = other_family.package().weights.resize_pos_embed(given, tuple(own.shape[2:]))
+    except ValueError as error:
+        raise CheckpointError(f"the position embedding of the checkpoint does not fit: {error}") from error
+    if fitted is not given:
+        report.resized = (given[0, 0].numel(), fitted[0, 0].numel())
+    return fitted
+
+
 def _check_shapes(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     wrong = [key for key in state if key in own and state[key].shape != own[key].shape]
     if not wrong:
@@ -115,12 +129,22 @@ def _check_shapes(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     )
 
 
-def _names_differ(missing: list[str], unexpected: list[str]) -> str:
+def _owner(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """Say whose weights these are that are not the model's."""
+    known = other_family.package().weights
+    kind, needed, variant = known.family(state), known.family(own), known.fitting_variant(state)
+    named = f" ({variant})" if variant else ""
+    if kind is None or kind == needed:
+        return f"another model{named}"
+    return f"a {kind}{named}, but this model is {f'a {needed}' if needed else 'of another family'}"
+
+
+def _names_differ(owner: str, missing: list[str], unexpected: list[str]) -> str:
     parts = []
     for what, keys in (("lacks", missing), ("has besides", unexpected)):
         if keys:
             parts.append(f"it {what} {', '.join(keys[:3])}{_more(keys)}")
-    return f"the checkpoint belongs to another model ({'; '.join(parts)}): name the model that it was made with"
+    return f"the checkpoint belongs to {owner} ({'; '.join(parts)}): name the model that it was made with"
 
 
 def _more(keys: list[str]) -> str:

@@ -97,6 +97,17 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, weights, legacy):
     assert not target.exists()
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_objects_beside_the_weights_are_left_out_and_not_made(tmp_path, weights, legacy):
+    """Paths and settings of other projects: read around, as their classes may not be there."""
+    contents = {"model": weights, "where": tmp_path, "epoch": 4}
+    torch.save(contents, tmp_path / "c.pth", _use_new_zipfile_serialization=not legacy)
+    read = read_checkpoint(str(tmp_path / "c.pth"))
+    assert_equal_weights(read.model, weights)
+    assert read.epoch == 4
+    assert type(read.extra["where"]).__name__ == "Inert"
+
+
 def test_a_plain_pickle_with_code_is_refused_and_not_run(tmp_path):
     target = tmp_path / "made_by_the_checkpoint"
     (tmp_path / "c.pth").write_bytes(pickle.dumps({"model": Bomb(target)}, protocol=2))

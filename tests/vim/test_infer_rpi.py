@@ -347,6 +347,13 @@ def test_fonts_are_looked_for_by_character() -> None:
 # ---------------------------------------------------------------- bad input
 
 
+class Bomb:
+    """Would leave a trace if it were unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, ("made by evil.pth",)
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -374,7 +381,7 @@ def test_bad_input(call: Call, folder: Path, weights: dict[str, torch.Tensor], l
     (folder / "empty").mkdir()
     whole = (folder / "w.pth").read_bytes()
     (folder / "cut.pth").write_bytes(whole[: len(whole) // 2])
-    torch.save({"model": weights, "boom": Path("x")}, folder / "evil.pth")
+    torch.save({"model": weights, "boom": Bomb()}, folder / "evil.pth")
     checkpoint.save_checkpoint(
         folder / "headless.pth", {"model": {k: v for k, v in weights.items() if "head" not in k}, "model_name": MODEL}
     )
@@ -385,6 +392,7 @@ def test_bad_input(call: Call, folder: Path, weights: dict[str, torch.Tensor], l
     assert outcome.out == ""
     assert len(outcome.errors) == 1
     assert expected in outcome.errors[0]
+    assert not (folder / "made by evil.pth").exists()
     assert outcome.errors[0].endswith(".")
 
 

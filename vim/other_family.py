@@ -1,0 +1,25 @@
+"""VMamba, the other family of this checkout: its package is imported only where a model or a checkpoint asks for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_ROOT = str(Path(__file__).resolve().parent.parent)
+if _ROOT not in sys.path:
+    sys.path.append(_ROOT)  # at the end, where it hides nobody else's package
+
+
+def package() -> Any:
+    """Import the package `vmamba`, which registers its models with timm, and return it."""
+    import vmamba.unpickling
+    import vmamba.weights
+
+    return vmamba
+
+
+def is_vmamba(names: Iterable[Any]) -> bool:
+    """Whether the weights of these names are those of a VMamba, of any line."""
+    return any(isinstance(name, str) and name.endswith(".A_logs") for name in names)
