@@ -287,7 +287,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
-    py_modules=[CUDA_MODULE],
+    py_modules=[CUDA_MODULE, f"{CUDA_MODULE}_oflex"],
     package_data={PACKAGE: ["py.typed"]},
     distclass=BinaryDistribution,
     cmdclass={"build_py": BuildPackage},

@@ -22,10 +22,14 @@ TESTS = (
     "tests/ops/test_norm.py",
     "tests/ops/test_selective_state_update.py",
     "tests/modules/test_mamba_inner.py",
+    "tests/ops/test_selective_scan_2d.py",
 )
-OF_BACKENDS = {"cuda": "tests/ops/test_cuda.py", "triton": "tests/ops/test_triton_scan.py"}  # what one has alone
+OF_BACKENDS = {  # what one has alone
+    "cuda": ("tests/ops/test_cuda.py", "tests/ops/test_cuda_oflex.py"),
+    "triton": ("tests/ops/test_triton_scan.py",),
+}
 # The norm and the update of one token have triton kernels alone.
-WITH_CUDA = (TESTS[0], TESTS[1], TESTS[4], OF_BACKENDS["cuda"])
+WITH_CUDA = (TESTS[0], TESTS[1], *TESTS[4:], *OF_BACKENDS["cuda"])
 MEASURED = {  # {part of measure.py: (what it does, seconds that it may take)}
     "training": ("a short training run of Vim-Tiny on random pictures", 300),
     "ops": ("the ops against the speed of a copy and of exponentials", 300),
@@ -42,7 +46,8 @@ INTERPRETED = {
     TESTS[2]: SOME_DTYPES,
     TESTS[3]: SOME_DTYPES,
     TESTS[4]: "triton and float32 and (projection-bias or options4)",
-    OF_BACKENDS["triton"]: "not call_to_call and not many_taps",
+    TESTS[5]: "triton and float32 and (one-row or rows)",
+    OF_BACKENDS["triton"][0]: "not call_to_call and not many_taps",
 }
 SANITIZED = "cuda and float32 and not golden"
 PRELOADED = ("libasan.so", "libstdc++.so")
@@ -107,7 +112,7 @@ def _build_without_nvcc(package: str, target: Path) -> Findings:
 
 
 def _pytest_there(folder: Path, environment: dict[str, str], backend: str) -> Findings:
-    return commands.pytest((*TESTS, OF_BACKENDS[backend]), ("--backend", backend), 540, environment, folder)
+    return commands.pytest((*TESTS, *OF_BACKENDS[backend]), ("--backend", backend), 540, environment, folder)
 
 
 def _sanitizer_jobs(folder: Path, environment: dict[str, str]) -> list[Job]:
