@@ -144,6 +144,23 @@ def _front_page() -> Named:
         yield f"vim_tiny_{pixels}", Comparison(title, cases, deit, claims, rounds=_rounds(pixels), memory=True)
 
 
+def _vmamba() -> Named:
+    """VMamba-Tiny as it comes and in pure PyTorch, over what it would take without its scans, and Swin-Tiny."""
+    vmamba, torch = (Case("vmamba_tiny", path) for path in ("auto", "torch"))
+    floor, swin = Case("vmamba_tiny_unscanned"), Case("swin_tiny")
+    claims = (
+        Claim("seconds", vmamba, floor, must=1.25),
+        Claim("seconds", vmamba, swin, must=1.0),
+        Claim("seconds", torch, vmamba, must=3),
+    )
+    title = "VMamba-Tiny (s2l5), 224 px"
+    yield "vmamba_tiny_224", Comparison(title, (vmamba, torch, floor, swin), swin, claims, memory=True)
+    vmamba, swin = (Case(name, pixels=1024) for name in ("vmamba_tiny", "swin_tiny"))
+    memory = Claim("peak_bytes", vmamba, swin, must=1.0)
+    title = "VMamba-Tiny (s2l5), 1024 px"
+    yield "vmamba_tiny_1024", Comparison(title, (vmamba, swin), swin, (memory,), rounds=_rounds(1024), memory=True)
+
+
 def _whole_models() -> Named:
     """Vim as it comes (the best backend that is there) against DeiT of the same width."""
     for width in WIDTHS:
@@ -230,6 +247,17 @@ def _ops() -> Named:
     yield "inner_1248", Comparison(title, cases, cases[0], (claim,), rounds=_rounds(1248), memory=True)
 
 
+def _vmamba_ops() -> Named:
+    """The scan of a block of VMamba-Tiny's first stage, with one state and with 16; also forward and backward."""
+    for states in (1, 16):
+        subject = f"scan_2d_{states}"
+        for mode in ("inference", "train"):
+            cases = tuple(Case(subject, path, mode=mode) for path in ("auto", "torch"))
+            title = f"four scans of a block of VMamba-Tiny's first stage, {states} states, 224 px"
+            name, title = (subject, title) if mode == "inference" else (f"train_{subject}", f"gradients of {title}")
+            yield name, Comparison(title, cases, cases[-1])
+
+
 def _pictures(subject: str, pixels: int, batch: int) -> int:
     """The batch of a case; of a copy, which measures the bandwidth of the memory, so many that no cache holds them."""
     return 2**27 // (pixels**2 * 6) if subject == "copy" else batch
@@ -266,9 +294,10 @@ def _peers() -> Named:
         yield f"peers_{name}_train", Comparison(title_here, cases, cases[-1])
 
 
-FRONT_PAGE = dict(_front_page())
+FRONT_PAGE = {**dict(_front_page()), **dict(_vmamba())}
 COMPARISONS = {
     **FRONT_PAGE,
+    **dict(_vmamba_ops()),
     **dict(_whole_models()),
     **dict(_paths()),
     **dict(_dtypes_and_modes()),

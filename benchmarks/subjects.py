@@ -26,6 +26,8 @@ from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.mamba_inner import DirectionParameters, bidirectional_inner
 from mamba_ssm.ops.norm import rms_norm_fn
 from mamba_ssm.ops.selective_scan import FAMILY, bidirectional_scan, selective_scan_fn
+from mamba_ssm.ops.selective_scan_2d import selective_scan_2d
+from vmamba.ss2d import SS2D
 
 # Vim-Tiny: features of the tokens, channels of its scans, their state, width of its convolutions, pixels of a patch
 FEATURES, CHANNELS, STATE, WIDTH, PATCH = 192, 384, 16, 4, 16
@@ -99,6 +101,20 @@ def _recomputed(name: str, case: Case) -> Recipe:
     model: Any = recipe.module
     model.set_grad_checkpointing(True)
     return recipe
+
+
+class _Unscanned(SS2D):
+    """A mixer that copies what the scans would read: its products and convolution, but for those of the step sizes."""
+
+    def _scan(self, u: Tensor) -> Tensor:
+        self._project(u)
+        return u.clone()
+
+
+def _unscanned(case: Case) -> Recipe:
+    model = timm.create_model("vmamba_tiny_s2l5", img_size=case.pixels, _SS2D=_Unscanned).eval()
+    picture = torch.randn(case.batch, 3, case.pixels, case.pixels)
+    return Recipe(model, (picture,), model, only_parameters=True)
 
 
 def _block(case: Case) -> Recipe:
@@ -182,6 +198,19 @@ def _direction_of(mixer: Mamba, end: str) -> list[Tensor]:
     return [mixer.get_parameter(part.format(end)).detach() for part in parts]
 
 
+def _scan_2d(states: int, case: Case) -> Recipe:
+    """The scans of a block of VMamba-Tiny's first stage, a quarter of the picture's side."""
+    side, channels, rank = case.pixels // 4, 192, 6
+    pixels = torch.randn(case.batch, side, side, channels)
+    projected = torch.randn(case.batch, side, side, 4, rank + 2 * states)
+    weight, A = torch.randn(4, channels, rank) / rank**0.5, -torch.arange(1.0, states + 1).repeat(4, channels, 1)
+
+    def run(x: Tensor, projected: Tensor, weight: Tensor, A: Tensor, D: Tensor, bias: Tensor) -> Tensor:
+        return selective_scan_2d(x, projected, weight, A, D=D, dt_bias=bias)
+
+    return Recipe(run, (pixels, projected, weight, A, torch.ones(4, channels), torch.randn(4, channels) - 4))
+
+
 def _taps(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return _sequence(case), torch.randn(CHANNELS, WIDTH), torch.randn(CHANNELS)
 
@@ -228,6 +257,10 @@ def _networks() -> dict[str, Subject]:
             builder = partial(_network, f"{family}_{width}_patch16_224")
             table[f"{family}_{width}"] = Subject(f"{title}-{width.title()}", builder)
     again = partial(_recomputed, "vim_tiny_patch16_224")
+    vmamba = partial(_network, "vmamba_tiny_s2l5")
+    table["vmamba_tiny"] = Subject("VMamba-Tiny", vmamba)
+    table["vmamba_tiny_unscanned"] = Subject("VMamba-Tiny with a copy for each scan", _unscanned)
+    table["swin_tiny"] = Subject("Swin-Tiny", partial(_network, "swin_tiny_patch4_window7_224"))
     table["vim_tiny_recomputed"] = Subject("Vim-Tiny, activations computed again", again, computes="vim_tiny")
     return table
 
@@ -253,6 +286,7 @@ SUBJECTS = {
     "inner": Subject("inside of a block", _inner, states=2 * STATE),
     "scan": Subject("scan", partial(_scan, _own_scan), states=STATE),
     "bidirectional_scan": Subject("both scans", _bidirectional_scan, states=2 * STATE),
+    **{f"scan_2d_{n}": Subject(f"four scans, {n} states", partial(_scan_2d, n)) for n in (1, 16)},
     "conv": Subject("convolution", _conv, states=1),
     "conv_grouped": Subject("torch's grouped conv1d", _conv_grouped, computes="conv"),
     "copy": Subject("copy of sequences", _copy, states=1),
