@@ -53,6 +53,9 @@ DEMO = (
     *("--image", "examples/digits/samples/three.png"),
 )
 
+# The tests of a file stay in one process, which may take 2 GB.
+SIDE_BY_SIDE = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
+
 # What a failed command printed, and the sentence for it. The first that is found counts.
 FAILURES = (
     (r"No space left on device|Errno 28|not enough space on the disk", "the disk is full; free some space"),
@@ -509,7 +512,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.demo:
         return subprocess.call([str(environment.python), *DEMO], cwd=ROOT)
     if options.test:
-        return subprocess.call([str(environment.python), "-m", "pytest"], cwd=ROOT)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several processes would wait for each other
+        return subprocess.call([str(environment.python), "-m", "pytest", *SIDE_BY_SIDE], cwd=ROOT)
     return 0
 
 

@@ -226,7 +226,7 @@ def test_tests_need_more_and_are_installed_once(
     machine.commands.clear()
     assert main(environment, "--test") == 5
     assert not any("pip" in command for command in machine.commands)
-    assert called == [[str(environment.python), "-m", "pytest"]] * 2
+    assert called == [[str(environment.python), "-m", "pytest", *set_up.SIDE_BY_SIDE]] * 2
 
 
 def test_the_demo_runs_in_the_environment(environment: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -337,7 +337,7 @@ def test_the_interpolation_is_that_of_the_flag():
         ({"reprob": 1.0, "remode": "const"}, lambda still, image: bool((image == 0).any())),
         ({"reprob": 1.0, "remode": "rand", "recount": 3}, lambda still, image: not torch.equal(image, still)),
     ],
-    ids=str,
+    ids=["hflip", "color-jitter", "auto-augment", "erased-black", "erased-at-random"],
 )
 def test_other_changes_are_made_after_the_move(words, change, monkeypatch):
     monkeypatch.setattr(RandomMove, "__call__", lambda self, picture: picture)
