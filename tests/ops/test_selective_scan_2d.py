@@ -150,6 +150,18 @@ def test_wrong_shapes(name: str, change, message: str) -> None:
         run(SCAN_2D["odd"], t)
 
 
+@pytest.mark.parametrize("wrong", ["states", "dout", "projected"])
+def test_a_backward_called_with_wrong_shapes_reads_nothing_else(wrong: str) -> None:
+    case = SCAN_2D["odd"]
+    *inputs, _ = op_arguments(case, case.tensors(torch.float32))
+    out, states = torch.ops.mamba_ssm.selective_scan_2d(*inputs, True)
+    given = {"dout": torch.ones_like(out), "states": states, "projected": inputs[1]}
+    given[wrong] = given[wrong][:1, :1]
+    inputs[1] = given["projected"]
+    with pytest.raises((RuntimeError, ValueError)):
+        torch.ops.mamba_ssm.selective_scan_2d_backward(given["dout"], given["states"], *inputs)
+
+
 def test_unknown_directions() -> None:
     t = SCAN_2D["odd"].tensors(torch.float32)
     with pytest.raises(ValueError, match="one of 'cross', 'rows', 'both', got 'diagonal'"):

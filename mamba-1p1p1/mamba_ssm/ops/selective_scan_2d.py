@@ -19,7 +19,6 @@ from causal_conv1d.backend import no_second_derivative, refuse_forward_mode, req
 from mamba_ssm.ops import selective_scan_2d_native as native
 from mamba_ssm.ops.reference import ROUTES, scan_2d_reference, scan_dtype, take_route, undo_route
 from mamba_ssm.ops.selective_scan import FAMILY
-from mamba_ssm.ops.selective_scan_torch import CHUNK
 
 # --- contract -------------------------------------------------------------------------------------------------------
 
@@ -37,9 +36,7 @@ def _scan_2d_fake(x: Tensor, projected: Tensor, dt_weight: Tensor, A: Tensor, *r
     out = x.new_empty(x.shape, dtype=dtype)
     if not rest[-1]:
         return out, x.new_empty(0, dtype=dtype)
-    batch, height, width, channels = x.shape
-    chunks = (height * width + CHUNK - 1) // CHUNK
-    return out, x.new_empty((batch, chunks, A.shape[0], 1, A.shape[2], channels), dtype=dtype)
+    return out, x.new_empty(native.kept_shape(x, A), dtype=dtype)
 
 
 @torch.library.register_fake("mamba_ssm::selective_scan_2d_backward", lib=LIBRARY)
@@ -122,6 +119,8 @@ def _scan_2d(x: Tensor, projected: Tensor, *arguments: Any) -> tuple[Tensor, Ten
 @_outside_autocast
 def _scan_2d_backward(dout: Tensor, states: Tensor, x: Tensor, projected: Tensor, *arguments: Any) -> list[Tensor]:
     dt_weight, A, D, dt_bias, directions = arguments
+    if states.shape != native.kept_shape(x, A):
+        raise ValueError(f"`states` must be of the shape {native.kept_shape(x, A)}, got {tuple(states.shape)}")
     given = _scan_arguments(x.to(dout.dtype), projected.to(dout.dtype), arguments[:-1], directions)
     dy = _routed(dout, directions, each=False).flatten(2).transpose(1, 2)
     du, ddelta, dA, dB, dC, *rest = torch.ops.mamba_ssm.selective_scan_backward(

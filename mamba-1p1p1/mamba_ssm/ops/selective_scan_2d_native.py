@@ -57,6 +57,12 @@ def _call(
     return call
 
 
+def kept_shape(x: Tensor, A: Tensor) -> tuple[int, ...]:
+    """The shape of the states before each chunk, (b, chunks, 4, 1, n, d)."""
+    batch, height, width, channels = x.shape
+    return batch, (height * width + CHUNK - 1) // CHUNK, A.shape[0], 1, A.shape[2], channels
+
+
 def _wide(value: Tensor) -> Tensor:
     """In fp32, contiguous."""
     return value.detach().to(torch.float32).contiguous()
@@ -75,10 +81,8 @@ def scan(
     """The op `mamba_ssm::selective_scan_2d`."""
     if not _fits(x, projected, dt_weight, A, D, dt_bias, directions):
         return None
-    batch, height, width, channels = x.shape
     out = torch.empty(x.shape)
-    chunks = (height * width + CHUNK - 1) // CHUNK
-    states = torch.empty((batch, chunks, A.shape[0], 1, A.shape[2], channels) if keep_states else 0)
+    states = torch.empty(kept_shape(x, A) if keep_states else 0)
     x, projected = _wide(x), _wide(projected)
     call = _call(x, projected, dt_weight, A, D, dt_bias, directions)
     call.address(out).address(states if keep_states else None).run(LIBRARY, "selective_scan_2d")
@@ -99,7 +103,7 @@ def scan_backward(
     """The op `mamba_ssm::selective_scan_2d_backward`."""
     if not _fits(x, projected, dt_weight, A, D, dt_bias, directions) or dout.shape != x.shape:
         return None
-    if dout.dtype is not torch.float32 or states.dtype is not torch.float32:
+    if dout.dtype is not torch.float32 or states.dtype is not torch.float32 or states.shape != kept_shape(x, A):
         return None
     (count, channels, n), rank = A.shape, dt_weight.shape[2]
     u, columns, weight = _wide(x), _wide(projected), _wide(dt_weight)
