@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 DEFAULT_MODEL = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
 LARGEST = 1_000_000  # far above what any of the numbers on a command line can sensibly be
@@ -51,20 +52,32 @@ class _PictureSize(argparse.Action):
         setattr(namespace, self.dest, numbers[0] if len(numbers) == 1 else tuple(numbers))
 
 
+def add_size_flag(group: Any) -> None:
+    """Add the flag that says how large the model's input is."""
+    group.add_argument(
+        "--img-size", type=positive, nargs="+", action=_PictureSize, metavar="PIXELS",
+        help="side of the model's square input, or height and width (default: the model's own)")  # fmt: skip
+
+
+def add_kernel_flags(group: Any) -> None:
+    """Add the flags that say on what the ops run."""
+    add = group.add_argument
+    add("--threads", type=thread_count, metavar="N", help="CPU threads (default: torch's choice)")
+    add("--backend", choices=("auto", "cuda", "triton", "native", "torch"), default="auto",
+        help="kernels of the scan and the convolution (default: the best that is there)")  # fmt: skip
+
+
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how a model runs: size of its input, batch, device, dtype, threads and backend."""
     group = parser.add_argument_group("how it runs")
+    add_size_flag(group)
     add = group.add_argument
-    add("--img-size", type=positive, nargs="+", action=_PictureSize, metavar="PIXELS",
-        help="side of the model's square input, or height and width (default: the model's own)")  # fmt: skip
     add("--batch-size", type=positive, default=1, metavar="N", help="pictures per forward pass (default: 1)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
         help="of weights and activations; bfloat16 halves their memory, and is faster on CPUs with instructions for it "
         "(default: float32)")  # fmt: skip
-    add("--threads", type=thread_count, metavar="N", help="CPU threads (default: torch's choice)")
-    add("--backend", choices=("auto", "cuda", "triton", "native", "torch"), default="auto",
-        help="kernels of the scan and the convolution (default: the best that is there)")  # fmt: skip
+    add_kernel_flags(group)
 
 
 def note(text: str) -> None:
