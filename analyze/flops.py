@@ -79,7 +79,7 @@ def describe(name: str, shape: Sequence[int], cost: Cost) -> dict[str, Any]:
         "parameters": cost.parameters,
         "flops": cost.total,
         "parts": cost.parts(),
-        "published_flops": cost.published,
+        "flops_as_published": cost.published,
         "differences": cost.differences,
     }
 
@@ -93,7 +93,7 @@ def print_cost(name: str, shape: Sequence[int], cost: Cost) -> None:
         if number:
             print(f"    {number / 1e9:12.6f} G  {part}")
     if cost.differences:
-        print(f"  in upstream's table {cost.published / 1e9:.9f} G: {'; '.join(cost.differences)}")
+        print(f"  counted as in upstream's tables {cost.published / 1e9:.9f} G: {'; '.join(cost.differences)}")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

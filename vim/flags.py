@@ -188,7 +188,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--model",
         str,
         "deit_base_patch16_224",
-        "a Vim of models_mamba.py or any timm model",
+        "a Vim of models_mamba.py, a VMamba or any timm model",
         action=_StoreAndRemember,
     )
     flags.value(

@@ -62,16 +62,21 @@ def build_model(
     """Return the registered model `name` in evaluation mode, with random weights (the same ones for a seed).
 
     Args:
-        name: a name that timm knows, the ones of `models_mamba` and of `vmamba` included.
+        name: a name that timm knows, the ones of `models_mamba` and of `vmamba` included; or the file of a VMamba's
+            configuration.
         num_classes: rows of the classifier.
         img_size: pixels, one number or (height, width); None: the model's own.
         options: further arguments of the model; global_pool is left out for models without it.
     Raises:
         UsageError: there is no such model, or not for that size or number of classes.
     """
+    name = other_family.registered(name)
     if not is_registered(name):
         hint = f"the nearest is {nearest!r}" if (nearest := _nearest(name)) else "timm.list_models() gives the names"
-        raise UsageError(f"There is no model called {name!r}; {hint}.")
+        raise UsageError(
+            f"There is no model called {name!r}; {hint}, and a VMamba of your own is named by its configuration, "
+            "--model FILE.yaml."
+        )
     torch.manual_seed(seed)
     if img_size is not None:
         options["img_size"] = img_size

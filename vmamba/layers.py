@@ -65,6 +65,25 @@ class Linear2d(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+class DownsamplingConv2d(nn.Conv2d):
+    """`nn.Conv2d` that computes in fp32 on a CPU where a map in bfloat16 becomes one pixel wide.
+
+    oneDNN's kernel for processors with AMX, in torch 2.15, gives other numbers there from call to call.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (b, in, h, w) to (b, out, h', w')."""
+        reach = x.shape[-1] + 2 * int(self.padding[1]) - self.kernel_size[1]
+        narrow = reach < self.stride[1] and x.device.type == "cpu"
+        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
+        if not narrow or not (autocast or x.dtype is torch.bfloat16):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            y = F.conv2d(x.float(), self.weight.float(), bias, self.stride, self.padding)
+        return y.to(torch.bfloat16)
+
+
 class LayerNorm2d(nn.LayerNorm):
     """`nn.LayerNorm` over the channels of (b, c, h, w)."""
 
@@ -287,13 +306,13 @@ def patch_embed_v2(in_chans: int, dim: int, patch_size: int, norm: Layer, channe
 
 def downsample_v2(dim: int, out_dim: int, norm: Layer, channel_first: bool) -> nn.Module:
     """A convolution 2 x 2 of stride 2, and the norm: an odd last row or column is left out."""
-    conv = nn.Conv2d(dim, out_dim, kernel_size=2, stride=2)
+    conv = DownsamplingConv2d(dim, out_dim, kernel_size=2, stride=2)
     return nn.Sequential(_to_first(channel_first), conv, _to_own(channel_first), norm(out_dim))
 
 
 def downsample_v3(dim: int, out_dim: int, norm: Layer, channel_first: bool) -> nn.Module:
     """A convolution 3 x 3 of stride 2, and the norm."""
-    conv = nn.Conv2d(dim, out_dim, kernel_size=3, stride=2, padding=1)
+    conv = DownsamplingConv2d(dim, out_dim, kernel_size=3, stride=2, padding=1)
     return nn.Sequential(_to_first(channel_first), conv, _to_own(channel_first), norm(out_dim))
 
 

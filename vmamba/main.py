@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_upstreams_flags(parser.add_argument_group("upstream's flags"))
     add = parser.add_argument_group("further flags").add_argument
     add("--finetune", default="", metavar="FILE", help="checkpoint whose weights training starts from")
+    add("--auto-resume", action="store_true", help="without --tag: go on with the newest run of that name, if any")
     add("--device", default="", help="cpu, cuda, cuda:1 ...; CUDA where there is one, else the CPU")
     add("--local-rank", "--local_rank", default=None, help=argparse.SUPPRESS)  # given by torch's launcher
     return parser
@@ -305,18 +306,26 @@ def _folder(config: Config) -> Path:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def with_a_folder(config: Config) -> Config:
-    """Name the run after the time, in `output`, where nothing else is said."""
-    words = [] if config.OUTPUT else ["OUTPUT", "output"]
-    words += [] if config.TAG else ["TAG", _quoted(time.strftime("%Y%m%d%H%M%S"))]
-    return override(config, words)
+def with_a_folder(config: Config, goes_on: bool = False) -> Config:
+    """Name the run after the time, in `output`, where nothing else is said; if it `goes_on`, as the newest one."""
+    config = override(config, [] if config.OUTPUT else ["OUTPUT", "output"])
+    if config.TAG:
+        return config
+    newest = _newest_run(Path(config.OUTPUT) / config.MODEL.NAME) if goes_on else None
+    return override(config, ["TAG", _quoted(newest or time.strftime("%Y%m%d%H%M%S"))])
+
+
+def _newest_run(folder: Path) -> str | None:
+    """The name of the run in a folder of runs whose checkpoint is the newest."""
+    checkpoints = sorted(folder.glob("*/checkpoint.pth"), key=lambda path: path.stat().st_mtime)
+    return checkpoints[-1].parent.name if checkpoints else None
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says; return the exit code: 2, after one sentence, if it cannot be done."""
     args = parse(arguments)
     try:
-        config = with_a_folder(read_config(args))
+        config = with_a_folder(read_config(args), args.auto_resume)
         model = register(config, _called(config, find(args.cfg)))
         if config.THROUGHPUT_MODE:
             return _time(config, args, model)

@@ -193,6 +193,8 @@ class VSSM(TimmMethods, nn.Module):
         self.dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
         if not depths or len(self.dims) != len(depths) or min(*depths, *self.dims) < 1:
             raise ValueError(f"`depths` and `dims` must be positive and one for each stage, got {depths} and {dims}")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"`drop_path_rate` must be a probability below 1, got {drop_path_rate}")
         self.num_classes, self.num_layers, self.drop_rate = num_classes, len(depths), drop_rate
         self.num_features = self.head_hidden_size = self.dims[-1]
         self.patch_size, self.in_chans = patch_size, in_chans

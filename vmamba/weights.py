@@ -272,6 +272,9 @@ def _refuse_misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], kept
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if names
     ]
+    fitting = fitting_variant(state)
+    if parts and fitting and fitting == fitting_variant(own):
+        raise ValueError(f"the weights are those of {fitting}, as the model is, but not whole ({', '.join(parts)})")
     if parts:
         raise ValueError(f"the weights are not those of this VMamba but {_whose(state)} ({', '.join(parts)})")
 

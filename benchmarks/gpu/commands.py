@@ -22,7 +22,7 @@ OF_THE_CALLER = re.compile(
 )
 SUMMARY = re.compile(r"(?m)^=*\s*(\d+ (?:passed|failed|error|skipped|deselected|no tests)[^=\n]*? in [\d.]+s).*$")
 PYTHON = sys.executable
-COPIED = ("tests", "vim", "benchmarks", "pyproject.toml")
+COPIED = ("tests", "vim", "vmamba", "benchmarks", "pyproject.toml")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import selected
+from mamba_ssm.ops.reference import scan_reference
 from tolerances import assert_close
-from vmamba.csms6s import selective_scan_fn
 
 if "cuda" not in selected.BACKENDS:
     pytest.skip("the CUDA kernels are tested with --backend cuda, as scripts/gpu_check does", allow_module_level=True)
@@ -48,7 +48,9 @@ def test_scan_and_gradients(module, own, bare, softplus, dtype, out_float):
     positional = [None if t[k] is None else t[k].detach() for k in NAMES]
     out, x = module.fwd(*positional, softplus, 1, out_float)
     assert out.dtype is (torch.float32 if out_float else dtype)
-    expected = selective_scan_fn(**wide, delta_softplus=softplus)
+    shared = {k: None if wide[k] is None else wide[k].repeat_interleave(12 // own, -1 if k == "delta_bias" else 1)
+              for k in ("delta", "delta_bias")}  # fmt: skip
+    expected, _ = scan_reference(**{**wide, **shared}, delta_softplus=softplus)
     assert_close(out, expected)
     assert x.shape == (2, 12, 1, 6)
     dout = torch.randn_like(out)

@@ -531,6 +531,11 @@ def test_weights_of_another_family_and_of_another_variant():
             for name, value in states["vmamba_tiny_s1l8"].items()}  # fmt: skip
     with pytest.raises(ValueError, match=r"not those of this VMamba but fit vmamba_tiny_s1l8 \("):
         weights.load_into(small(), tiny)
+    with torch.device("meta"):
+        same = VSSM(**{"norm_layer": "ln2d", **VARIANTS["vmamba_tiny_s1l8"]})
+    message = r"those of vmamba_tiny_s1l8, as the model is, but not whole \(unexpected: x\)"
+    with pytest.raises(ValueError, match=message):
+        weights.load_into(same, {**tiny, "x": torch.zeros(1)})
 
 
 def test_a_head_for_other_classes(caplog):

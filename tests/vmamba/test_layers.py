@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from tolerances import assert_close
 from vmamba import LayerNorm2d, Linear2d, Mlp, PatchMerging2D, Permute, SoftmaxSpatial, gMlp
-from vmamba.layers import ACTIVATIONS, NORMS, choose
+from vmamba.layers import ACTIVATIONS, DOWNSAMPLES, NORMS, choose
 
 
 def maps(*shape, dtype=torch.float64):
@@ -181,3 +181,21 @@ def test_an_activation_in_place_is_seen_by_nobody(channels_first):
         mlp(x)
         handle.remove()
         torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+@pytest.mark.parametrize("width", [1, 2, 3, 8])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_downsampling_of_narrow_maps_in_bf16(version, width, autocast):
+    """Some processors' convolutions are wrong for maps that become one pixel wide."""
+    if version == "v2" and width == 1:
+        pytest.skip("two columns are needed")
+    down = DOWNSAMPLES[version](96, 192, LayerNorm2d, True)
+    x = torch.randn(8, 96, 14, width)
+    expected = down(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
+        found = down(x) if autocast else down.bfloat16()(x.bfloat16())
+        again = down(x) if autocast else down(x.bfloat16())
+    assert torch.equal(found, again)
+    assert found.dtype is torch.bfloat16 or autocast
+    assert_close(found.float(), expected, limit=2e-2)

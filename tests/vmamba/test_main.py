@@ -385,6 +385,23 @@ def test_runs_are_called_after_the_time():
     assert door.words_for(found, args, "m")[-1] == "--auto-resume"
 
 
+def test_a_run_goes_on_where_the_newest_stopped(tmp_path):
+    words = ("--output", tmp_path, "--auto-resume")
+    args = door.parse(["--cfg", "vmambav2_tiny_224", *map(str, words)])
+    config = door.read_config(args)
+    assert re.fullmatch(r"\d{14}", door.with_a_folder(config, args.auto_resume).TAG)
+    for age, name in enumerate(("newest", "older", "no-checkpoint")):
+        folder = tmp_path / config.MODEL.NAME / name
+        folder.mkdir(parents=True)
+        if name != "no-checkpoint":
+            (folder / "checkpoint.pth").touch()
+            os.utime(folder / "checkpoint.pth", (1e9 - age, 1e9 - age))
+    assert door.with_a_folder(config, args.auto_resume).TAG == "newest"
+    assert door.with_a_folder(config).TAG != "newest"
+    tagged = door.read_config(door.parse(["--cfg", "vmambav2_tiny_224", "--tag", "own", *map(str, words)]))
+    assert door.with_a_folder(tagged, True).TAG == "own"
+
+
 def test_vims_main_is_called_with_the_published_name(monkeypatch, tmp_path, capsys):
     told = []
     monkeypatch.setattr(vim_main, "run", lambda words: told.append(words) or 7)

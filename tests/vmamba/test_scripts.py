@@ -22,10 +22,11 @@ from torch import nn
 import flops
 import infer_rpi
 import main
+import model_setup
 import run_setup
 import test_flops as flops_script
 from checkpoint import read_checkpoint, save_checkpoint
-from flags import check, get_args_parser
+from flags import UsageError, check, get_args_parser
 from optimization import make_optimizer
 from vmamba import VSSM, weights
 from vmamba.factories import VARIANTS
@@ -416,3 +417,16 @@ def test_what_the_script_prints(capsys):
         assert found[key] == getattr(expected, key), key
     _, out, _ = run(capsys, flops_script, "--model", "vim_pico_patch4_32", "--repeat", 1, "--json")
     assert "fvcore_flops" not in json.loads(out)
+
+
+def test_a_configuration_names_a_network_for_every_program(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("MODEL:\n  VSSM: {EMBED_DIM: 8, DEPTHS: [1, 1, 1, 1], SSM_FORWARDTYPE: v05_noz}\n")
+    model = model_setup.build_model(str(file), 5, 64)
+    assert model.dims == [8, 16, 32, 64]
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+    file.write_text("MODEL:\n  VSSM: {EMBED_DIMM: 8}\n")
+    with pytest.raises(UsageError, match="EMBED_DIM"):
+        model_setup.build_model(str(file), 5, 64)
+    with pytest.raises(UsageError, match=r"no model called .mine.; .* --model FILE\.yaml\."):
+        model_setup.build_model("mine", 5, 64)
