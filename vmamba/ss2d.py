@@ -257,13 +257,14 @@ class SS2D(nn.Module):
         gate = None
         if self.variant.gate:
             x, gate = x.chunk(2, dim=-1)
-        u = self._convolve(x)
-        y = self.out_act(self._normalize(self._scan(u)).to(u.dtype))
+        x = self._convolve(x)  # under its name, as what follows: a large map is given back when it has been read
+        dtype = x.dtype
+        x = self.out_act(self._normalize(self._scan(x)).to(dtype))
         if gate is not None:
-            y = y * (self.act(gate) if self.variant.gate_act else gate)
+            x = x * (self.act(gate) if self.variant.gate_act else gate)
         if self.channel_first:
-            y = channels_first(y)
-        return self.dropout(self.out_proj(y))
+            x = channels_first(x)
+        return self.dropout(self.out_proj(x))
 
     def _convolve(self, x: Tensor) -> Tensor:
         """The depth-wise convolution, if any, and the activation, on (b, h, w, d)."""
