@@ -319,7 +319,7 @@ def test_a_block_of_vim_adds_few_nodes(scheme: str, most: int) -> None:
 
 
 def test_an_unknown_scheme_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match="'chunk'; the nearest is 'chunks'"):
+    with pytest.raises(ValueError, match="no scheme 'chunk' to export a scan by; the nearest is 'chunks'"):
         onnx_translations("chunk")
 
 
