@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -294,25 +293,38 @@ MODELS = {
 }
 
 
+@pytest.mark.parametrize("functions", [True, False])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", MODELS)
-def test_whole_model(name: str, scheme: str) -> None:
+def test_whole_model(name: str, scheme: str, functions: bool) -> None:
     model = MODELS[name]()
-    program = export_onnx(model, small_vim.pictures(batch=1), scheme=scheme)
+    program = export_onnx(model, small_vim.pictures(batch=1), scheme=scheme, functions=functions)
+    domains = {node.domain for node in program.model.graph}
+    assert ("mamba_ssm" in domains) == functions == bool(program.model.functions)
     for batch in (1, 16):
         x = small_vim.pictures(batch=batch)
         with torch.no_grad():
             assert (run(program, x) - model(x)).abs().max().item() <= 1e-4
 
 
-@pytest.mark.parametrize(("scheme", "most"), [("steps", 85), ("chunks", 104)])
-def test_a_block_of_vim_adds_few_nodes(scheme: str, most: int) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "functions", "most"), [("steps", False, 85), ("chunks", False, 104), ("steps", True, 12)]
+)
+def test_a_block_of_vim_adds_few_nodes(scheme: str, functions: bool, most: int) -> None:
     """24 blocks and the rest of Vim-Tiny are to fit 2,500 nodes."""
     counts = []
     for depth in (1, 2):
-        program = export_onnx(small_vim.small_model(depth=depth), small_vim.pictures(), scheme=scheme)
-        counts.append(sum(Counter(node.op_type for node in program.model.graph.all_nodes()).values()))
+        model = small_vim.small_model(depth=depth)
+        program = export_onnx(model, small_vim.pictures(), scheme=scheme, functions=functions)
+        counts.append(sum(1 for _ in program.model.graph.all_nodes()))
+        assert len(program.model.functions) == functions, "one definition serves all blocks"
     assert counts[1] - counts[0] <= most
+
+
+def test_nothing_but_weights_takes_room() -> None:
+    model = small_vim.small_model()
+    weights = 4 * sum(weight.numel() for weight in model.parameters())
+    assert len(export_onnx(model, small_vim.pictures()).model_proto.SerializeToString()) < weights + 60_000
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -333,11 +345,13 @@ def test_an_old_opset_is_refused() -> None:
         export_onnx(small_vim.small_model(), small_vim.pictures(), opset=17)
 
 
+@pytest.mark.parametrize("opset", [20, 23])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_newer_opset(scheme: str) -> None:
+def test_a_newer_opset(scheme: str, opset: int) -> None:
     model, x = small_vim.small_model(), small_vim.pictures()
-    program = export_onnx(model, x, scheme=scheme, opset=20)
-    assert program.model_proto.opset_import[0].version == 20
+    program = export_onnx(model, x, scheme=scheme, opset=opset)
+    assert program.model_proto.opset_import[0].version == opset
+    onnx.checker.check_model(program.model_proto, full_check=True)
     with torch.no_grad():
         assert (run(program, x) - model(x)).abs().max().item() <= 1e-4
 

@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,19 +36,30 @@ def onnx_translations(scheme: str = SCHEMES[0]) -> dict[Any, Callable[..., Any]]
         ImportError: onnx or onnxscript is not installed; one sentence says how to install them.
     Not exported, with ValueError while exporting: complex A, packed sequences (`seq_idx`), gradients, other dtypes.
     """
+    _require(scheme)
+    from mamba_ssm.ops import export_ops
+
+    return export_ops.table(scheme)
+
+
+def _require(scheme: str) -> None:
+    """Raise for a scheme that is not there, and for packages that are not."""
     if scheme not in SCHEMES:
         near = difflib.get_close_matches(scheme, SCHEMES, n=1, cutoff=0.0)[0]
         raise ValueError(f"there is no scheme {scheme!r} to export a scan by; the nearest is {near!r}")
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"the ONNX export needs {' and '.join(missing)}; install with `pip install onnx onnxscript`")
-    from mamba_ssm.ops import export_ops
-
-    return export_ops.table(scheme)
 
 
 def export_onnx(
-    model: nn.Module, example: Tensor, *, scheme: str = SCHEMES[0], opset: int = LEAST_OPSET, dynamic_batch: bool = True
+    model: nn.Module,
+    example: Tensor,
+    *,
+    scheme: str = SCHEMES[0],
+    opset: int = LEAST_OPSET,
+    dynamic_batch: bool = True,
+    functions: bool = True,
 ) -> Any:
     """Export a model of one input and one output, such as `VisionMamba` or `VSSM`.
 
@@ -57,6 +69,9 @@ def export_onnx(
         scheme: see `onnx_translations`.
         opset: 18 or later.
         dynamic_batch: the graph takes any batch, not only that of the example.
+        functions: an op of this project is one node of the domain "mamba_ssm", which the file defines in ONNX's own
+            operators and `custom_ops_library` computes fast. Without it, its definition stands in its place, for
+            runtimes that know no functions.
 
     Returns:
         torch's `ONNXProgram`, with an input "input" and an output "logits"; `.model_proto` is the graph, `.save` writes
@@ -66,37 +81,60 @@ def export_onnx(
         ImportError: see `onnx_translations`.
         RuntimeError: torch cannot export the model; its text says which part.
     """
-    translations = onnx_translations(scheme)
+    _require(scheme)
     newest = _newest_opset()
     if not LEAST_OPSET <= opset <= newest:
         raise ValueError(f"`opset` must be from {LEAST_OPSET} to {newest}, got {opset}")
     if model.training:
         raise ValueError("a model is exported as it predicts: call .eval() on it first")
+    from mamba_ssm.ops import export_functions, export_ops
+
+    known = export_functions.Functions() if functions else None
+    with torch.no_grad(), warnings.catch_warnings(), _without_notes("onnxscript"):
+        warnings.simplefilter("ignore")  # of torch and onnxscript about themselves
+        program = _exported(model, example, export_ops.table(scheme, known), opset, dynamic_batch)
+        if known is not None:
+            known.attach(program.model)
+    return program
+
+
+def _exported(
+    model: nn.Module, example: Tensor, translations: dict[Any, Any], opset: int, dynamic_batch: bool
+) -> torch.onnx.ONNXProgram:
     import onnxscript.optimizer
 
     # A batch of one in the example would be taken for a size that is always one.
     given = torch.cat([example, example]) if dynamic_batch and example.shape[0] == 1 else example
     batch = ({0: torch.export.Dim("batch", min=1, max=2**16)},)
-    with torch.no_grad(), warnings.catch_warnings(), _without_notes("onnxscript"):
-        warnings.simplefilter("ignore")  # of torch and onnxscript about themselves
-        try:
-            program = torch.onnx.export(
-                model,
-                (given,),
-                dynamo=True,
-                custom_translation_table=translations,
-                dynamic_shapes=batch if dynamic_batch else None,
-                input_names=["input"],
-                output_names=["logits"],
-                opset_version=opset,
-                external_data=False,
-                verbose=False,
-            )
-        except torch.onnx.OnnxExporterError as error:
-            raise _first_cause(error) from error
-        assert program is not None
-        onnxscript.optimizer.optimize(program.model, input_size_limit=_UNLIMITED, output_size_limit=_UNLIMITED)
+    try:
+        program = torch.onnx.export(
+            model,
+            (given,),
+            dynamo=True,
+            custom_translation_table=translations,
+            dynamic_shapes=batch if dynamic_batch else None,
+            input_names=["input"],
+            output_names=["logits"],
+            opset_version=opset,
+            external_data=False,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise _first_cause(error) from error
+    assert program is not None
+    onnxscript.optimizer.optimize(program.model, input_size_limit=_UNLIMITED, output_size_limit=_UNLIMITED)
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # where in torch's program each node comes from: as large as the nodes
     return program
+
+
+def custom_ops_library() -> Path | None:
+    """The library with which ONNX Runtime computes this project's operators fast, if it was built.
+
+    Register it with `SessionOptions.register_custom_ops_library(str(path))`.
+    """
+    path = Path(__file__).resolve().parent.parent / "kernels.onnxruntime.so"
+    return path if path.is_file() else None
 
 
 def _first_cause(error: BaseException) -> Exception:

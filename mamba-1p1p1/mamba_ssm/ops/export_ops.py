@@ -10,12 +10,15 @@ Sizes are those of the example that the model is exported with; only the batch m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
 from onnxscript import opset18 as op
 
 from mamba_ssm.ops import export_scan, mamba_inner, selective_scan_2d  # noqa: F401  (importing an op registers it)
+from mamba_ssm.ops.export_functions import Functions
 from mamba_ssm.ops.export_scan import Sequences, ints, number, record
 from mamba_ssm.ops.reference import ROUTES
 from mamba_ssm.ops.selective_scan_native import PER_BLOCK, PER_DIRECTION
@@ -23,31 +26,49 @@ from mamba_ssm.ops.selective_scan_native import PER_BLOCK, PER_DIRECTION
 Translation = Callable[..., Any]
 
 
-def table(scheme: str) -> dict[Any, Translation]:
-    """The translation of every op, by op; the scans follow `scheme`."""
-    ops = torch.ops.mamba_ssm
+@dataclass(frozen=True)
+class Writer:
+    """How scans are written.
 
-    def selective_scan(*arguments: Any) -> Any:
-        return _selective_scan(scheme, *arguments)
+    Attributes:
+        scheme: one of `export.SCHEMES`.
+        functions: where an op becomes a node with its definition beside it; None writes the definition in its place.
+    """
 
-    def bidirectional_scan(*arguments: Any) -> Any:
-        return _bidirectional_scan(scheme, *arguments)
+    scheme: str
+    functions: Functions | None = None
 
-    def bidirectional_inner(*arguments: Any) -> Any:
-        return _bidirectional_inner(scheme, *arguments)
+    def scan(self, inputs: Sequences) -> tuple[Any, Any]:
+        return export_scan.run(inputs, self.scheme)
 
-    def bidirectional_blocks(*arguments: Any) -> Any:
-        return _bidirectional_blocks(scheme, *arguments)
+    def write(
+        self,
+        name: str,
+        inputs: Sequence[Any],
+        sizes: tuple[Any, ...],
+        define: Callable[[list[Any]], Sequence[Any]],
+        **attributes: Any,
+    ) -> Sequence[Any]:
+        """The outputs of an op; see `Functions.call`."""
+        if self.functions is None:
+            return define(list(inputs))
+        return self.functions.call(name, inputs, sizes, define, **attributes)
 
-    def scan_2d(*arguments: Any) -> Any:
-        return _selective_scan_2d(scheme, *arguments)
 
+def table(scheme: str, functions: Functions | None = None) -> dict[Any, Translation]:
+    """The translation of every op, by op."""
+    ops, writer = torch.ops.mamba_ssm, Writer(scheme, functions)
+    scans: dict[Any, Translation] = {
+        ops.selective_scan.default: _selective_scan,
+        ops.bidirectional_scan.default: _bidirectional_scan,
+        ops.bidirectional_inner.default: _bidirectional_inner,
+        ops.bidirectional_blocks.default: _bidirectional_blocks,
+        ops.selective_scan_2d.default: _selective_scan_2d,
+    }
+    # torch reads a translation's module and name, which a partial function lacks.
+    translations = {op: update_wrapper(partial(scan, writer), scan) for op, scan in scans.items()}
     return {
-        ops.selective_scan.default: selective_scan,
-        ops.bidirectional_scan.default: bidirectional_scan,
-        ops.bidirectional_inner.default: bidirectional_inner,
-        ops.bidirectional_blocks.default: bidirectional_blocks,
-        ops.selective_scan_2d.default: scan_2d,
+        **translations,
         ops.add_norm.default: _add_norm,
         torch.ops.causal_conv1d.conv1d.default: _conv1d,
     }
@@ -71,6 +92,12 @@ def _require_fp32(*values: Any) -> None:
     for value in values:
         if value is not None and value.dtype is not None and str(value.dtype) != "FLOAT":
             raise ValueError(f"only scans of fp32 can be exported, got {value.dtype}; call .float() on the model first")
+
+
+def _require_real(u: Any, delta: Any, A: Any, *others: Any) -> None:
+    if str(A.dtype).startswith("COMPLEX"):
+        raise ValueError("a scan with complex A cannot be exported")
+    _require_fp32(u, delta, A, *others)
 
 
 def _silu(value: Any) -> Any:
@@ -174,9 +201,6 @@ def _softplus(value: Any) -> Any:
 
 def _stream(u: Any, delta: Any, A: Any, B: Any, C: Any, bias: Any, softplus: bool, reverse: bool) -> Sequences:
     """One call's tensors, (b, d, l) and (b, g, n, l), as the sequences of its g streams."""
-    _require_fp32(u, delta, A, B, C, bias)
-    if str(A.dtype).startswith("COMPLEX"):
-        raise ValueError("a scan with complex A cannot be exported")
     _, channels, length = _sizes(u)
     states = _fixed("number of states", _sizes(A)[1])
     groups = next((_sizes(value)[1] for value in (B, C) if len(_sizes(value)) == 4), 1)
@@ -223,31 +247,36 @@ def _column(value: Any) -> Any | None:
     return None if value is None else op.Unsqueeze(value, ints(1))
 
 
-def _selective_scan(scheme: str, *arguments: Any) -> tuple[Any, Any, Any]:
+def _selective_scan(writer: Writer, *arguments: Any) -> tuple[Any, Any, Any]:
     """`mamba_ssm::selective_scan`."""
-    u, delta, A, B, C, D, bias, z, softplus, reverse, keep_states = arguments
+    *tensors, softplus, reverse, keep_states = arguments
     _refuse_training(keep_states)
-    part = _stream(u, delta, A, B, C, bias, softplus, reverse)
-    y, last = export_scan.run(part, scheme)
-    out = _undo(y, part, reverse)
-    if D is not None:
-        out = op.Add(out, op.Mul(u, _column(D)))
-    out = _with(out, op.Mul, None if z is None else _silu(z))
-    last = op.Reshape(op.Transpose(last, perm=[0, 1, 3, 2]), ints(-1, part.streams * part.channels, part.states))
+    _require_real(*tensors)
+
+    def define(tensors: list[Any]) -> Sequence[Any]:
+        u, delta, A, B, C, D, bias, z = tensors
+        part = _stream(u, delta, A, B, C, bias, softplus, reverse)
+        y, last = writer.scan(part)
+        out = _undo(y, part, reverse)
+        if D is not None:
+            out = op.Add(out, op.Mul(u, _column(D)))
+        out = _with(out, op.Mul, None if z is None else _silu(z))
+        return out, op.Reshape(
+            op.Transpose(last, perm=[0, 1, 3, 2]), ints(-1, part.streams * part.channels, part.states)
+        )
+
+    switches = {"softplus": int(softplus), "reverse": int(reverse)}
+    out, last = writer.write("SelectiveScan", tensors, (), define, **switches)
     return out, last, op.ConstantOfShape(ints(0))
 
 
-def _bidirectional_scan(scheme: str, *arguments: Any) -> tuple[Any, Any]:
+def _bidirectional_scan(writer: Writer, *arguments: Any) -> tuple[Any, Any]:
     """`mamba_ssm::bidirectional_scan`: one call for each direction, whose arguments need not fit together."""
     *tensors, z, softplus, keep_states = arguments
-    _refuse_training(keep_states)
     total = None
     for reverse in (False, True):
-        u, delta, A, B, C, D, bias = tensors[PER_DIRECTION * reverse : PER_DIRECTION * (reverse + 1)]
-        part = _stream(u, delta, A, B, C, bias, softplus, reverse)
-        out = _undo(export_scan.run(part, scheme)[0], part, reverse)
-        if D is not None:
-            out = op.Add(out, op.Mul(u, _column(D)))
+        one = tensors[PER_DIRECTION * reverse : PER_DIRECTION * (reverse + 1)]
+        out, _, _ = _selective_scan(writer, *one, None, softplus, reverse, keep_states)
         total = out if total is None else op.Add(total, out)
     total = _with(total, op.Mul, None if z is None else _silu(z))
     return total, op.ConstantOfShape(ints(0))
@@ -261,17 +290,17 @@ def _refuse_training(keep_states: bool) -> None:
 # --- a block with two directions ------------------------------------------------------------------------------------
 
 
-def _bidirectional_inner(scheme: str, xz: Any, *arguments: Any) -> Any:
+def _bidirectional_inner(writer: Writer, xz: Any, *arguments: Any) -> Any:
     """`mamba_ssm::bidirectional_inner` on (b, 2 e, l)."""
     *parameters, scale = arguments
     _require_fp32(xz, *parameters)
     length = _fixed("length", _sizes(xz)[2])
-    y = _gated(scheme, op.Transpose(xz, perm=[2, 0, 1]), length, parameters, scale)
+    y = _gated(writer, op.Transpose(xz, perm=[2, 0, 1]), length, parameters, scale)
     return op.Transpose(y, perm=[1, 2, 0])
 
 
 def _bidirectional_blocks(
-    scheme: str, x: Any, residual: Any, parameters: Sequence[Any], eps: float, rms: bool, scale: float
+    writer: Writer, x: Any, residual: Any, parameters: Sequence[Any], eps: float, rms: bool, scale: float
 ) -> tuple[Any, Any]:
     """`mamba_ssm::bidirectional_blocks` on (b, l, m), computed with the time first."""
     _require_fp32(x, residual, *parameters)
@@ -283,7 +312,7 @@ def _bidirectional_blocks(
         residual = _with(x, op.Add, residual)
         normed = _normalised(residual, norm_weight, norm_bias, eps, rms)
         xz = _linear(normed, outer[0], outer[1])
-        y = _gated(scheme, xz, length, parameters[first + 6 : first + PER_BLOCK], scale)
+        y = _gated(writer, xz, length, parameters[first + 6 : first + PER_BLOCK], scale)
         x = _linear(y, outer[2], outer[3])
     return op.Transpose(x, perm=[1, 0, 2]), op.Transpose(residual, perm=[1, 0, 2])
 
@@ -292,8 +321,18 @@ def _linear(x: Any, weight: Any, bias: Any | None) -> Any:
     return _with(op.MatMul(x, op.Transpose(weight, perm=[1, 0])), op.Add, bias)
 
 
-def _gated(scheme: str, xz: Any, length: int, parameters: Sequence[Any], scale: float) -> Any:
-    """Both directions of (l, b, 2 e), and their gated sum, (l, b, e); the second one runs over a reversed copy."""
+def _gated(writer: Writer, xz: Any, length: int, parameters: Sequence[Any], scale: float) -> Any:
+    """Both directions of (l, b, 2 e), and their gated sum, (l, b, e)."""
+
+    def define(tensors: list[Any]) -> Sequence[Any]:
+        xz, *parameters = tensors
+        return [_both_directions(writer, xz, length, parameters, scale)]
+
+    return writer.write("BidirectionalInner", [xz, *parameters], (length,), define, scale=float(scale))[0]
+
+
+def _both_directions(writer: Writer, xz: Any, length: int, parameters: Sequence[Any], scale: float) -> Any:
+    """`_gated`; the second direction runs over a reversed copy."""
     both = list(zip(parameters[:PER_DIRECTION], parameters[PER_DIRECTION:], strict=True))
     taps, conv_bias, x_proj, dt_proj, A_log, D, dt_bias = both
     inner, states = _sizes(A_log[0])
@@ -320,7 +359,7 @@ def _gated(scheme: str, xz: Any, length: int, parameters: Sequence[Any], scale: 
     A = op.Neg(op.Exp(op.Transpose(_stack(A_log), perm=[0, 2, 1])))
     driven = over_time(dt, 1, inner), over_time(op.Mul(dt, rows), 1, inner)
     pairs = over_time(B, states, 1), over_time(C, 1, states)
-    y, _ = export_scan.run(Sequences(*driven, *pairs, A, length, 2, states, inner), scheme)
+    y, _ = writer.scan(Sequences(*driven, *pairs, A, length, 2, states, inner))
     y = op.Transpose(op.Reshape(y, ints(length, -1, 2, inner)), perm=[2, 0, 1, 3])
     skip = _stack_given(D, zero)
     if skip is not None:
@@ -333,32 +372,42 @@ def _gated(scheme: str, xz: Any, length: int, parameters: Sequence[Any], scale: 
 # --- a picture in four directions -----------------------------------------------------------------------------------
 
 
-def _selective_scan_2d(scheme: str, *arguments: Any) -> tuple[Any, Any]:
+def _selective_scan_2d(writer: Writer, *arguments: Any) -> tuple[Any, Any]:
     """`mamba_ssm::selective_scan_2d` on (b, h, w, d)."""
-    x, projected, dt_weight, A, D, dt_bias, directions, keep_states = arguments
+    *tensors, directions, keep_states = arguments
     _refuse_training(keep_states)
-    _require_fp32(x, projected, dt_weight, A, D, dt_bias)
-    _, height, width, channels = _sizes(x)
-    height, width = _fixed("height", height), _fixed("width", width)
-    rank, states, routes = _sizes(dt_weight)[2], _sizes(A)[2], ROUTES[directions]
-    count, length = len(routes), height * width
+    _require_fp32(*tensors)
+    _, height, width, _ = _sizes(tensors[0])
+    sides = _fixed("height", height), _fixed("width", width)
+
+    def define(tensors: list[Any]) -> Sequence[Any]:
+        return [_over_picture(writer, tensors, sides, ROUTES[directions])]
+
+    y = writer.write("SelectiveScan2D", tensors, sides, define, directions=directions)[0]
+    return y, op.ConstantOfShape(ints(0))
+
+
+def _over_picture(
+    writer: Writer, tensors: Sequence[Any], sides: tuple[int, int], routes: Sequence[tuple[bool, bool]]
+) -> Any:
+    x, projected, dt_weight, A, D, dt_bias = tensors
+    channels, states = _sizes(A)[1:]
+    rank, count, length = _sizes(dt_weight)[2], len(routes), sides[0] * sides[1]
     rows = op.Reshape(op.Transpose(projected, perm=[3, 0, 1, 2, 4]), ints(count, -1, rank + 2 * states))
     r, B, C = _columns(rows, rank, states, states)
     delta = op.MatMul(r, op.Transpose(dt_weight, perm=[0, 2, 1]))
     dt = _steps(delta, None if dt_bias is None else op.Unsqueeze(dt_bias, ints(1)), True)
     drive = op.Mul(dt, op.Reshape(x, ints(1, -1, channels)))
     packed = op.Concat(dt, drive, B, C, axis=2)
-    along = _routed(packed, routes, height, width, 2 * (channels + states))
+    along = _routed(packed, routes, *sides, 2 * (channels + states))
     parts = _columns(along, channels, channels, states, states)
     shapes = ((1, channels), (1, channels), (states, 1), (1, states))
     cut = zip(parts, shapes, strict=True)
     dt, drive, B, C = (op.Reshape(part, ints(length, -1, count, *tail)) for part, tail in cut)
     A = op.Transpose(A, perm=[0, 2, 1])
-    y, _ = export_scan.run(Sequences(dt, drive, B, C, A, length, count, states, channels), scheme)
-    total = _merged(y, routes, height, width, channels)
-    if D is not None:
-        total = op.Add(total, op.Mul(x, op.ReduceSum(D, ints(0), keepdims=0)))
-    return total, op.ConstantOfShape(ints(0))
+    y, _ = writer.scan(Sequences(dt, drive, B, C, A, length, count, states, channels))
+    total = _merged(y, routes, *sides, channels)
+    return total if D is None else op.Add(total, op.Mul(x, op.ReduceSum(D, ints(0), keepdims=0)))
 
 
 def _routed(packed: Any, routes: Sequence[tuple[bool, bool]], height: int, width: int, columns: int) -> Any:
