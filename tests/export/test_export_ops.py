@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -229,12 +230,24 @@ def four_scans_definition(x, weight, dt_weight, A, D, bias, directions):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("directions", ["cross", "rows", "both"])
-@pytest.mark.parametrize(("states", "plain"), [(1, False), (2, True)])
-def test_selective_scan_2d(scheme: str, directions: str, states: int, plain: bool) -> None:
-    x = torch.randn(2, 5, 13, 6)
+@pytest.mark.parametrize(
+    ("states", "plain", "sides"), [(1, False, (5, 13)), (2, True, (5, 13)), (1, True, (1, 7)), (1, True, (4, 1))]
+)
+def test_selective_scan_2d(scheme: str, directions: str, states: int, plain: bool, sides: tuple[int, int]) -> None:
+    x = torch.randn(2, *sides, 6)
     extras = (None, None) if plain else (torch.randn(4, 6), torch.randn(4, 6))
     others = (torch.randn(6, 4 * (2 + 2 * states)) * 0.3, torch.randn(4, 6, 2), rates(4, 6, states), *extras)
     check(four_scans, four_scans_definition, x, *others, directions, scheme=scheme)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("states", [1, 2])
+def test_selective_scan_2d_keeps_its_state_under_a_decay_of_any_strength(scheme: str, states: int) -> None:
+    """Rates from 0.1 to 50 with steps of about one: over a line the product of the decays is zero in fp32."""
+    x = torch.randn(2, 9, 11, 6)
+    A = -torch.logspace(-1, math.log10(50), 4 * 6 * states).view(4, 6, states)
+    others = (torch.randn(6, 4 * (2 + 2 * states)) * 0.3, torch.randn(4, 6, 2), A, None, torch.full((4, 6), 0.6))
+    check(four_scans, four_scans_definition, x, *others, "cross", scheme=scheme)
 
 
 def conv(x: Tensor, weight: Tensor, bias: Any, silu: bool, reverse: bool) -> Tensor:

@@ -15,7 +15,11 @@ import torch
 from torch import Tensor, nn
 
 SCHEMES = ("chunks", "steps")
-"""How a scan is written, both exact for any decay: "chunks" in few large operators, "steps" as the smallest graph."""
+"""How a scan is written, both exact for any decay.
+
+"steps" is the smallest graph: one ONNX `Scan` for all directions, a turn for each token. "chunks" is faster: a turn
+takes four tokens, or, of a picture with one state, a token of every row or column at once.
+"""
 
 LEAST_OPSET = 18
 _PACKAGES = ("onnx", "onnxscript")

@@ -22,7 +22,8 @@ from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
-from onnxscript import evaluator
+
+from mamba_ssm.ops.export_graph import FLOAT, add_node, graph_of
 
 DOMAIN = "mamba_ssm"
 VERSION = 1
@@ -58,9 +59,8 @@ class Functions:
         count = len(function.outputs)
         node = ir.Node(DOMAIN, name, inputs, given, overload=function.overload, num_outputs=count, version=VERSION)
         for value, like in zip(node.outputs, function.outputs, strict=True):
-            value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), like.shape
-        _recorded().append(node)
-        return node.outputs
+            value.type, value.shape = FLOAT, like.shape
+        return add_node(node)
 
     def attach(self, model: ir.Model) -> None:
         """Add the definitions to a model that calls them."""
@@ -70,13 +70,6 @@ class Functions:
         if self._known:
             model.opset_imports[DOMAIN] = VERSION
             NameFixPass()(model)  # a loop's body may not hide names of the definition that it stands in
-
-
-def _recorded() -> list[ir.Node]:
-    """The nodes of the graph that torch is building."""
-    recorder: Any = evaluator.default()
-    nodes: list[ir.Node] = recorder.nodes
-    return nodes
 
 
 def _form(value: Any) -> Any:
@@ -95,12 +88,5 @@ def _define(
         if value is not None:
             parameter.type, parameter.shape = value.type, value.shape
         given.append(None if value is None else parameter)
-    nodes = _recorded()
-    before = len(nodes)
-    outputs = define(given)
-    own = nodes[before:]
-    del nodes[before:]
-    for place, value in enumerate(outputs):
-        value.name = f"output_{place}"
-    graph = ir.Graph(parameters, outputs, nodes=own, opset_imports={"": 18}, name=name)
+    graph = graph_of("output", parameters, lambda: define(given))
     return ir.Function(DOMAIN, name, overload, graph=graph, attributes=())
