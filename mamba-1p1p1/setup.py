@@ -1,8 +1,10 @@
 """Build mamba_ssm: the Python package always, its CPU and its CUDA kernels where they can be compiled.
 
+Beside them, where ONNX Runtime's headers are, the CPU kernels as operators of ONNX Runtime.
+
 Read from the environment; TRUE, 1, YES or ON in any case switch one of the first four on:
 
-    SELECTIVE_SCAN_FORCE_FALLBACK   compile nothing, neither CUDA nor native
+    SELECTIVE_SCAN_FORCE_FALLBACK   compile nothing: no CUDA, no native kernels, no operators
     MAMBA_SKIP_CUDA_BUILD           do not compile the CUDA kernels
     MAMBA_FORCE_BUILD               fail where the CUDA kernels cannot be compiled; needs no GPU; skipping wins over it
     MAMBA_FORCE_CXX11_ABI           accepted without effect: what is compiled knows no torch, and so no ABI of it
@@ -10,6 +12,7 @@ Read from the environment; TRUE, 1, YES or ON in any case switch one of the firs
     TORCH_CUDA_ARCH_LIST            what to compile for, as in "8.0;9.0+PTX", or "all"; unset: the GPUs here
     CUDA_HOME, CUDA_PATH            the CUDA toolkit's folder; unset: nvcc is on PATH, in /usr/local/cuda or from pip
     NVCC_CCBIN, CUDAHOSTCXX         the C++ compiler for nvcc to use
+    ONNXRUNTIME_INCLUDE             the folder of onnxruntime_c_api.h; unset: where systems and Homebrew keep it
     MAX_JOBS                        how many compilations to run at a time; unset: as many as there are processors
 
 nvcc itself reads NVCC_APPEND_FLAGS: "-Xptxas -v" makes it report registers and memory. What was left out, and why, is
@@ -25,6 +28,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -48,6 +52,11 @@ NATIVE_INCLUDES = ["csrc/cpu", "csrc/common"]
 NATIVE_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off"]
 NATIVE_FLAGS += ["-fno-exceptions", "-fno-rtti", "-w"]  # gcc 12 warns about its own AVX-512 header
 
+ONNX_LIBRARY = "kernels.onnxruntime.so"
+ONNX_SOURCES = ["csrc/onnxruntime/*.cpp"]
+ONNX_HEADER = "onnxruntime_c_api.h"
+ONNX_FOLDERS = [f"{root}/include/onnxruntime" for root in ("/usr", "/usr/local", "/opt/homebrew")]
+
 CUDA_LIBRARY = "kernels.cuda.so"
 CUDA_SOURCES = ["csrc/selective_scan/cuda/*.cu"]
 CUDA_INCLUDES = ["csrc/selective_scan/cuda", "csrc/selective_scan/common"]  # common: causal-conv1d/csrc/cuda
@@ -59,6 +68,14 @@ FIRST_CUDA = {89: "11.8", 90: "11.8", 100: "12.8", 103: "12.9", 110: "13.0", 120
 NVCC_MENDS = {
     "unsupported (GNU|clang)": "set NVCC_CCBIN or CUDAHOSTCXX to an older g++, or install a newer CUDA toolkit",
     "died due to signal 9": "the memory is full; set MAX_JOBS=1",
+}
+
+
+# What is said of a part that is left out, with the reason as a clause.
+WITHOUT = {
+    "cuda": "cuda backend: {}. The others take its place.",
+    "native": "native backend: {}. The others take its place.",
+    "onnxruntime": "operators for ONNX Runtime: {}. Exported files run without them.",
 }
 
 
@@ -214,7 +231,7 @@ def build_cuda(folder: Path) -> None:
         os.replace(f"{objects}/{CUDA_LIBRARY}", library)
 
 
-def build_native(folder: Path) -> None:
+def build_native(folder: Path, objects: Path) -> None:
     """Compile the CPU kernels into one library in `folder`, for whatever Python and torch will load it.
 
     Each source holds the kernels of one instruction set and says so itself; the machine that runs them chooses.
@@ -224,46 +241,93 @@ def build_native(folder: Path) -> None:
     """
     library = folder / NATIVE_LIBRARY
     library.unlink(missing_ok=True)
+    link(library, compilable(NATIVE_SOURCES), objects, NATIVE_INCLUDES)
+
+
+def build_onnxruntime(folder: Path, objects: Path) -> None:
+    """Compile the operators for ONNX Runtime into a library of their own, with the kernels in it.
+
+    It is linked to no library of ONNX Runtime: the one that loads it hands in its functions. `objects` holds what
+    `build_native` made: the kernels, and what its library exports, which this one does not.
+
+    Raises:
+        BuildError: as `build_native`; or there are no headers.
+    """
+    library = folder / ONNX_LIBRARY
+    library.unlink(missing_ok=True)
+    files, headers = compilable(ONNX_SOURCES), find_headers()
+    if not (folder / NATIVE_LIBRARY).is_file():
+        raise BuildError("the native kernels, which it calls, were not built")
+    kernels = sorted(str(path) for path in objects.rglob("*.o") if path.stem != "library")
+    link(library, files, objects, [*NATIVE_INCLUDES, headers], kernels)
+
+
+def find_headers() -> str:
+    """The folder of ONNX Runtime's headers, which its wheels lack."""
+    asked = os.environ.get("ONNXRUNTIME_INCLUDE", "").strip()
+    for folder in [asked] if asked else ONNX_FOLDERS:
+        if (Path(folder) / ONNX_HEADER).is_file():
+            return folder
+    if asked:
+        raise BuildError(f"ONNXRUNTIME_INCLUDE is {asked} and there is no {ONNX_HEADER} in that folder")
+    raise BuildError(
+        f"{ONNX_HEADER} was not found; install Debian's libonnxruntime-dev, or set ONNXRUNTIME_INCLUDE to its folder"
+    )
+
+
+def compilable(patterns: list[str]) -> list[str]:
+    """The C++ sources, if they are to be compiled and are there."""
     if switched_on(FALLBACK):
         raise BuildError(f"{FALLBACK} was set when it was installed")
     if os.name != "posix":
         raise BuildError("its kernels compile on Linux and macOS only")
-    files = sources(NATIVE_SOURCES)
+    files = sources(patterns)
     if not files:
         raise BuildError("the sources of its kernels are missing; install it from a whole checkout")
+    return files
+
+
+def link(library: Path, files: list[str], objects: Path, include: list[str], more: Sequence[str] = ()) -> None:
+    """Compile `files` into the folder `objects`, and link them and `more` objects."""
     compiler = new_compiler()
     customize_compiler(compiler)
-    with TemporaryDirectory() as objects:
-        try:
-            compiled = compiler.compile(files, objects, include_dirs=NATIVE_INCLUDES, extra_postargs=NATIVE_FLAGS)
-            compiler.link_shared_object(compiled, str(library), target_lang="c++")
-        except Exception as error:  # of a class that depends on the version of setuptools
-            library.unlink(missing_ok=True)
-            raise BuildError(
-                f"no C++ compiler could build its kernels ({error}); pip install -v shows its output"
-            ) from error
+    try:
+        compiled = compiler.compile(files, str(objects), include_dirs=include, extra_postargs=NATIVE_FLAGS)
+        compiler.link_shared_object([*compiled, *more], str(library), target_lang="c++")
+    except Exception as error:  # of a class that depends on the version of setuptools
+        library.unlink(missing_ok=True)
+        raise BuildError(
+            f"no C++ compiler could build its kernels ({error}); pip install -v shows its output"
+        ) from error
 
 
 class BuildPackage(build_py):
-    """Copies the package and tells, in it and on the screen, which backends it comes without."""
+    """Copies the package and tells, in it and on the screen, which compiled parts it comes without."""
 
     def run(self) -> None:
         super().run()
         folder = (HERE if getattr(self, "editable_mode", False) else Path(self.build_lib)) / PACKAGE
         left_out: dict[str, str] = {}
-        for backend, build in (("cuda", build_cuda), ("native", build_native)):
-            try:
-                build(folder)
-            except BuildError as error:
-                if backend == "cuda" and cuda_is_forced():
-                    raise SystemExit(
-                        f"error: {SWITCHES}_FORCE_BUILD is set and the CUDA kernels of {PACKAGE} "
-                        f"cannot be built: {error}."
-                    ) from error
-                left_out[backend] = str(error)
-                print(f"{PACKAGE} comes without its {backend} backend: {error}. The others take its place.")
+        with TemporaryDirectory() as made:
+            objects = Path(made)
+            builds: dict[str, Callable[[], None]] = {
+                "cuda": lambda: build_cuda(folder),
+                "native": lambda: build_native(folder, objects),
+                "onnxruntime": lambda: build_onnxruntime(folder, objects),
+            }
+            for part, build in builds.items():
+                try:
+                    build()
+                except BuildError as error:
+                    if part == "cuda" and cuda_is_forced():
+                        raise SystemExit(
+                            f"error: {SWITCHES}_FORCE_BUILD is set and the CUDA kernels of {PACKAGE} "
+                            f"cannot be built: {error}."
+                        ) from error
+                    left_out[part] = str(error)
+                    print(f"{PACKAGE} comes without its {WITHOUT[part].format(error)}")
         (folder / "_build.py").write_text(
-            '"""Written by setup.py: the backends that this installation comes without, and why."""\n\n'
+            '"""Written by setup.py: the compiled parts that this installation comes without, and why."""\n\n'
             f"REASONS: dict[str, str] = {left_out!r}\n",
             encoding="utf-8",
         )

@@ -30,6 +30,11 @@ class Package(NamedTuple):
     cuda_module: str
     cuda_sources: str
     cuda_shared: str  # where the headers of both packages are
+    more: frozenset[str] = frozenset()  # the parts that it builds beside its cuda and native kernels
+
+    def parts(self, *backends: str) -> set[str]:
+        """These backends, and whatever else it comes without where the tests' machine has nothing for it."""
+        return {*backends, *self.more}
 
 
 PACKAGES = [
@@ -40,7 +45,7 @@ PACKAGES = [
     Package(
         *("mamba-1p1p1", "mamba_ssm", "1.1.1"),
         *("MAMBA", "SELECTIVE_SCAN_FORCE_FALLBACK", "selective_scan_cuda"),
-        *("csrc/selective_scan/cuda", "csrc/selective_scan/common"),
+        *("csrc/selective_scan/cuda", "csrc/selective_scan/common", frozenset({"onnxruntime"})),
     ),
 ]
 
@@ -71,6 +76,7 @@ def which_of_the_test(name, mode=os.F_OK | os.X_OK, path=None):
 shutil.which = which_of_the_test
 """
 BUILD_EDITABLE = "import sys, setuptools.build_meta as backend; print(backend.build_editable(sys.argv[1]))"
+NO_HEADERS = {"ONNXRUNTIME_INCLUDE": "/no/headers"}  # whether this machine has them or not
 MISSING = "the sources of its kernels are missing; install it from a whole checkout"
 
 
@@ -102,7 +108,7 @@ def run(*command: str | Path, cwd: Path, **variables: str) -> subprocess.Complet
     return subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
-        env={**inherited, **variables},
+        env={**inherited, **NO_HEADERS, **variables},
         capture_output=True,
         text=True,
         check=False,
@@ -181,7 +187,7 @@ def test_the_wheel_is_pure_and_complete_and_says_what_it_lacks(source: Path, pac
     result = build_wheel(source)
     assert result.returncode == 0, result.stderr
     assert f"{package.name} comes without its cuda backend: {MISSING}." in result.stdout
-    assert set(left_out(source)) == {"cuda", "native"}
+    assert set(left_out(source)) == package.parts("cuda", "native")
     (wheel,) = (source / "dist").glob("*.whl")
     assert wheel.name == f"{package.name}-{package.version}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
@@ -218,7 +224,8 @@ def test_the_fallback_switch_compiles_nothing(source: Path, package: Package, va
     toolkit = add_cuda(source, package)
     result = build_wheel(source, **toolkit.variables, **{package.fallback: value})
     assert result.returncode == 0, result.stderr
-    assert left_out(source) == dict.fromkeys(("native", "cuda"), f"{package.fallback} was set when it was installed")
+    reason = f"{package.fallback} was set when it was installed"
+    assert left_out(source) == dict.fromkeys(package.parts("native", "cuda"), reason)
     assert not toolkit.log.exists()
 
 
@@ -247,7 +254,7 @@ def test_forcing_a_build_that_cannot_be_is_an_error(source: Path, package: Packa
 def test_other_values_switch_nothing_on(source: Path, package: Package) -> None:
     off = {f"{package.switches}_FORCE_BUILD": "FALSE", package.fallback: "0"}
     assert build_wheel(source, **off).returncode == 0
-    assert left_out(source) == {"cuda": MISSING, "native": MISSING}
+    assert left_out(source) == dict.fromkeys(package.parts("cuda", "native"), MISSING)
 
 
 def test_an_editable_build_notes_in_the_checkout(source: Path, package: Package, tmp_path: Path) -> None:
@@ -291,7 +298,7 @@ def test_a_cuda_build_puts_its_library_into_the_wheel(source: Path, package: Pac
     toolkit = add_cuda(source, package)
     result = build_wheel(source, **toolkit.variables, **{f"{package.switches}_FORCE_BUILD": "TRUE"})
     assert result.returncode == 0, result.stderr
-    assert set(left_out(source)) == {"native"}
+    assert set(left_out(source)) == package.parts("native")
     (wheel,) = (source / "dist").glob("*.whl")
     assert not wheel.name.endswith("-any.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -345,7 +352,7 @@ def test_it_compiles_for_what_is_listed_or_else_for_the_cards(
     toolkit = add_cuda(source, package, cards=cards)
     variables = {} if listed is None else {"TORCH_CUDA_ARCH_LIST": listed}
     assert build_wheel(source, **toolkit.variables, **variables).returncode == 0
-    assert set(left_out(source)) == {"native"}
+    assert set(left_out(source)) == package.parts("native")
     for call in toolkit.compilations():
         assert [argument for argument in call if "gencode" in argument] == generated(*expected)
 
@@ -510,7 +517,7 @@ def test_as_many_compilations_run_at_a_time_as_max_jobs_says(
 ) -> None:
     toolkit = add_cuda(source, package, meanwhile=meanwhile)
     assert build_wheel(source, **toolkit.variables, MAX_JOBS=jobs).returncode == 0
-    assert set(left_out(source)) == {"native"}
+    assert set(left_out(source)) == package.parts("native")
     assert all(f"--threads={threads}" in call for call in toolkit.compilations())
 
 
@@ -585,7 +592,7 @@ def test_the_kernels_are_compiled_into_the_wheel_without_torch(whole_source: Pat
     result = build_wheel(whole_source, PYTHONPATH=str(whole_source), **without_cuda(package))
     assert result.returncode == 0, result.stderr
     assert libraries(whole_source) == [f"{package.name}/kernels.cpu.so"]
-    assert set(left_out(whole_source)) == {"cuda"}
+    assert set(left_out(whole_source)) == package.parts("cuda")
 
 
 def test_without_a_compiler_the_package_is_built_without_kernels(whole_source: Path, package: Package) -> None:
@@ -606,6 +613,135 @@ def test_the_fallback_switch_removes_kernels_of_an_earlier_build(
     assert result.returncode == 0, result.stderr
     assert not stale.exists()
 
+
+# --- the operators for ONNX Runtime ---------------------------------------------------------------------------------
+
+# Stand-ins for the kernels of one instruction set, for the library of the package, for the operators, for the headers.
+ONNX_SOURCES = {
+    "csrc/cpu/kernels.h": "int answer();\nint more();",
+    "csrc/cpu/more.cpp": "#include <kernels.h>\nint more() { return 1000; }",
+    "csrc/cpu/library.cpp": '#include <kernels.h>\nextern "C" EXPORT int native() { return answer(); }',
+    "csrc/common/isa_generic.cpp": '#include <kernels.h>\nextern "C" EXPORT int once = 1; int answer() { return 42; }',
+    "csrc/onnxruntime/op.cpp": """
+#include <kernels.h>
+#include <onnxruntime_c_api.h>
+extern "C" EXPORT int RegisterCustomOps() { return answer() + more() + HEADER; }
+""",
+    "headers/onnxruntime_c_api.h": "#define HEADER 100",
+}
+EXPORT = '-DEXPORT=__attribute__((visibility("default")))'
+COMPILER = """#!/bin/sh
+printf '%s\\n' "$*" >> '{log}'
+exec {program} '{flag}' "$@"
+"""
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler here")
+of_mamba = pytest.mark.parametrize("package", PACKAGES[1:], indirect=True)
+
+
+@pytest.fixture
+def onnx_build(package: Package, source: Path) -> dict[str, str]:
+    """Give the copy small sources, and the variables with which they are built: with a compiler that keeps a log."""
+    for name, text in ONNX_SOURCES.items():
+        path = source / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    for name in ("cc", "c++"):
+        found = shutil.which(name) or name
+        write_program(source / name, COMPILER.format(log=source / "log", program=found, flag=EXPORT))
+    compilers = {"CC": f"'{source}/cc'", "CXX": f"'{source}/c++'"}
+    return {**without_cuda(package), **compilers, "ONNXRUNTIME_INCLUDE": str(source / "headers")}
+
+
+@needs_compiler
+@of_mamba
+def test_the_operators_are_a_library_with_the_kernels_in_it(
+    source: Path, package: Package, onnx_build: dict[str, str]
+) -> None:
+    result = build_wheel(source, **onnx_build)
+    assert result.returncode == 0, result.stderr
+    assert sorted(libraries(source)) == [f"{package.name}/kernels.{kind}.so" for kind in ("cpu", "onnxruntime")]
+    assert set(left_out(source)) == {"cuda"}
+    (built,) = (source / "build").glob(f"lib*/{package.name}/kernels.onnxruntime.so")
+    library = ctypes.CDLL(str(built))
+    assert library.RegisterCustomOps() == 1142
+    assert not hasattr(library, "native")
+    log = (source / "log").read_text().splitlines()
+    assert len([line for line in log if "-c csrc/common/isa_generic.cpp" in line]) == 1
+
+
+@needs_compiler
+@of_mamba
+def test_without_the_headers_the_operators_are_left_out_with_a_sentence(
+    source: Path, package: Package, onnx_build: dict[str, str]
+) -> None:
+    result = build_wheel(source, **{**onnx_build, **NO_HEADERS})
+    assert result.returncode == 0, result.stderr
+    reason = "ONNXRUNTIME_INCLUDE is /no/headers and there is no onnxruntime_c_api.h in that folder"
+    assert left_out(source)["onnxruntime"] == reason
+    said = f"{package.name} comes without its operators for ONNX Runtime: {reason}. Exported files run without them."
+    assert said in result.stdout.splitlines()
+    assert libraries(source) == [f"{package.name}/kernels.cpu.so"]
+
+
+@of_mamba
+def test_where_the_headers_are_looked_for(source: Path, package: Package) -> None:
+    """In the folder that is named, else where systems keep them."""
+    places = [source / name for name in ("asked", "first", "second")]
+    for place in places:
+        place.mkdir()
+    known = [str(place) for place in places[1:]]
+    look = f"read['find_headers'].__globals__.update(ONNX_FOLDERS={known!r}) or read['find_headers']()"
+    reason = (
+        "onnxruntime_c_api.h was not found; install Debian's libonnxruntime-dev, "
+        "or set ONNXRUNTIME_INCLUDE to its folder"
+    )
+    assert ask(source, look, ONNXRUNTIME_INCLUDE="").endswith(f"BuildError: {reason}")
+    for place in reversed(places[1:]):
+        (place / "onnxruntime_c_api.h").write_text("")
+        assert ask(source, look, ONNXRUNTIME_INCLUDE=" ") == str(place)
+    assert "there is no onnxruntime_c_api.h in that folder" in ask(source, look, ONNXRUNTIME_INCLUDE=str(places[0]))
+    (places[0] / "onnxruntime_c_api.h").write_text("")
+    assert ask(source, look, ONNXRUNTIME_INCLUDE=str(places[0])) == str(places[0])
+
+
+@of_mamba
+def test_without_native_kernels_there_are_no_operators(
+    source: Path, package: Package, onnx_build: dict[str, str]
+) -> None:
+    stale = source / package.name / "kernels.onnxruntime.so"
+    stale.write_text("of another time")
+    broken = {**onnx_build, "CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    result = run("-c", BUILD_EDITABLE, source.parent, cwd=source, **broken)
+    assert result.returncode == 0, result.stderr
+    assert "ONNX Runtime: the native kernels, which it calls, were not built. Exported files run" in result.stdout
+    assert not stale.exists()
+
+
+@needs_compiler
+@of_mamba
+def test_operators_that_do_not_compile_leave_the_kernels(
+    source: Path, package: Package, onnx_build: dict[str, str]
+) -> None:
+    (source / "headers" / "onnxruntime_c_api.h").write_text("#error of another kind\n")
+    result = build_wheel(source, **onnx_build)
+    assert result.returncode == 0, result.stderr
+    assert libraries(source) == [f"{package.name}/kernels.cpu.so"]
+    assert left_out(source)["onnxruntime"].startswith("no C++ compiler could build its kernels")
+
+
+@of_mamba
+def test_the_fallback_switch_removes_operators_of_an_earlier_build(
+    source: Path, package: Package, onnx_build: dict[str, str]
+) -> None:
+    stale = source / package.name / "kernels.onnxruntime.so"
+    stale.write_text("of another time")
+    result = run("-c", BUILD_EDITABLE, source.parent, cwd=source, **onnx_build, **{package.fallback: "1"})
+    assert result.returncode == 0, result.stderr
+    assert f"ONNX Runtime: {package.fallback} was set when it was installed." in result.stdout
+    assert not stale.exists()
+
+
+# --- libraries that cannot be loaded --------------------------------------------------------------------------------
 
 # The header of an ELF file whose table of 3 sections, 64 bytes each, starts at byte 10,000.
 CUT_SHORT = struct.pack("<4sBB34xQ10xHH2x", b"\x7fELF", 2, 1, 10_000, 64, 3).ljust(5000, b"\0")
