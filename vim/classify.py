@@ -1,18 +1,17 @@
-"""Load a trained model once and name what is in pictures; needs no training code."""
+"""Load a trained model once, to name what is in pictures; needs no training code."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from checkpoint import Checkpoint, CheckpointError, load_weights
-from command_line import DEFAULT_MODEL
-from flags import UsageError
+from command_line import DEFAULT_MODEL, UsageError
 from labels import class_names_for
 from model_setup import (
     blank_batch,
@@ -24,26 +23,14 @@ from model_setup import (
     read_checkpoint_for,
     refuse_failures,
 )
-from pictures import EvalTransform, PictureError, eval_transform, open_picture
+from pictures import EvalTransform, eval_transform
+from predictions import Prediction, Result, classify
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-@dataclass(frozen=True)
-class Prediction:
-    """One class with its probability (0 to 1)."""
-
-    index: int
-    label: str
-    probability: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of one picture: its predictions, likeliest first, or the error that prevented them."""
-
-    source: str
-    picture: Image.Image | None = None
-    predictions: tuple[Prediction, ...] = ()
-    error: str | None = None
+__all__ = ["Classifier", "Prediction", "Result", "classify", "load_classifier"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +43,8 @@ class Classifier:
         resized: rows of the position embedding in the checkpoint and in the model, where they differ.
         shape: (channels, height, width) of its input, in pixels.
         dtype: of its weights and activations, a name of torch's.
+        own_names: the checkpoint's class names as it has them, which folders of pictures are called by; `names` are
+            for people. None: it has none.
     """
 
     model: nn.Module
@@ -67,6 +56,7 @@ class Classifier:
     transform: EvalTransform
     device: torch.device
     dtype: str = "float32"
+    own_names: list[str] | None = None
 
     def blank_batch(self, batch_size: int) -> Tensor:
         """Return an input of grey pictures, (batch, channels, height, width), to time the model with."""
@@ -80,6 +70,10 @@ class Classifier:
         """
         with refuse_failures(batch), torch.inference_mode():
             return self.model(batch.to(self.device, getattr(torch, self.dtype))).float().softmax(-1)
+
+    def probabilities(self, pictures: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """Return the probabilities, (b, classes) fp32, of b RGB pictures of any size; raises what `run` raises."""
+        return self.run(torch.stack([self.transform(picture) for picture in pictures])).cpu().numpy()
 
 
 def load_classifier(
@@ -130,6 +124,7 @@ def load_classifier(
         transform=eval_transform((shape[1], shape[2])),
         device=target,
         dtype=dtype,
+        own_names=given_names,
     )
 
 
@@ -146,40 +141,3 @@ def _class_count(checkpoint: Checkpoint | None, asked: int | None) -> int:
             "it is read from the checkpoint."
         )
     return held or asked or 1000
-
-
-def classify(classifier: Classifier, sources: Sequence[str], *, top: int = 5, batch_size: int = 1) -> Iterator[Result]:
-    """Yield a result for every source, in order, as batches are done; a bad picture does not stop the others.
-
-    Args:
-        sources: paths or addresses; "-" is standard input.
-        top: number of predictions, at most the number of classes.
-        batch_size: pictures per forward pass.
-    """
-    for start in range(0, len(sources), batch_size):
-        opened = [_open(source) for source in sources[start : start + batch_size]]
-        tensors = [classifier.transform(result.picture) for result in opened if result.picture is not None]
-        rows = iter(classifier.run(torch.stack(tensors)) if tensors else ())
-        for result in opened:
-            yield result if result.picture is None else _name(classifier, result, next(rows), top)
-
-
-def _open(source: str) -> Result:
-    try:
-        if source == "-" and (sys.stdin is None or sys.stdin.isatty()):
-            raise PictureError("Nothing was piped into standard input; for example: cat cat.jpg | ... --image -.")
-        return Result(source, open_picture(sys.stdin.buffer if source == "-" else source))
-    except PictureError as error:
-        return Result(source, error=str(error))
-
-
-def _name(classifier: Classifier, opened: Result, probabilities: Tensor, top: int) -> Result:
-    if not bool(probabilities.isfinite().all()):
-        message = f"The model's scores for {opened.source!r} are not finite numbers; the weights may be damaged."
-        return Result(opened.source, error=message)
-    best = probabilities.topk(min(top, len(classifier.names)))
-    predictions = tuple(
-        Prediction(index, classifier.names[index], probability)
-        for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    )
-    return Result(opened.source, opened.picture, predictions)

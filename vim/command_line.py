@@ -12,6 +12,10 @@ DEFAULT_MODEL = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_wi
 LARGEST = 1_000_000  # far above what any of the numbers on a command line can sensibly be
 
 
+class UsageError(ValueError):
+    """A command line that cannot be carried out; its text is one sentence for the person who typed it."""
+
+
 def positive(text: str) -> int:
     """Read a whole number from 1 to `LARGEST`."""
     try:
@@ -67,8 +71,11 @@ def add_kernel_flags(group: Any) -> None:
         help="kernels of the scan and the convolution (default: the best that is there)")  # fmt: skip
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how a model runs: size of its input, batch, device, dtype, threads and backend."""
+def add_run_flags(parser: argparse.ArgumentParser) -> Any:
+    """Add the flags that say how a model runs (size of its input, batch, device, dtype, threads, backend) as a group.
+
+    Returns the group.
+    """
     group = parser.add_argument_group("how it runs")
     add_size_flag(group)
     add = group.add_argument
@@ -78,6 +85,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="of weights and activations; bfloat16 halves their memory, and is faster on CPUs with instructions for it "
         "(default: float32)")  # fmt: skip
     add_kernel_flags(group)
+    return group
 
 
 def note(text: str) -> None:
@@ -85,18 +93,26 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+Errors = tuple[type[Exception], ...]
+
+
 def run_script(
     parser: argparse.ArgumentParser,
     work: Callable[[argparse.Namespace], int],
     arguments: Sequence[str] | None,
+    environment: Callable[[argparse.Namespace], Errors] | None = None,
 ) -> int:
-    """Read the command line, do the work, return the exit code: 2, after one sentence, if that fails."""
+    """Read the command line, do the work, return the exit code: 2, after one sentence, if that fails.
+
+    `environment` imports what the work needs, or says with a UsageError what is missing, and returns the errors whose
+    text is such a sentence; without it, the environment is that of the models in PyTorch.
+    """
     for stream in (sys.stdout, sys.stderr):  # file names and labels may have characters that a terminal lacks
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     args = parser.parse_args(arguments)
     try:
-        code = _guarded(work, args)
+        code = _guarded(work, args, environment or torch_environment)
         if sys.stdout is not None:  # it is when the shell closed it with >&-
             sys.stdout.flush()
         return code
@@ -110,18 +126,29 @@ def run_script(
         return 1
 
 
-def _guarded(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+def _guarded(
+    work: Callable[[argparse.Namespace], int],
+    args: argparse.Namespace,
+    environment: Callable[[argparse.Namespace], Errors],
+) -> int:
+    expected: Errors = (UsageError,)
+    try:
+        expected += environment(args)
+        return work(args)
+    except expected as error:
+        note(f"error: {str(error).rstrip('.')}.")
+        return 2
+
+
+def torch_environment(args: argparse.Namespace) -> Errors:
+    """Import what models in PyTorch need; an `environment` of `run_script`."""
     try:
         import classify  # noqa: F401  (with it everything that the environment must have)
         from checkpoint import CheckpointError
-        from flags import UsageError
         from labels import LabelError
         from pictures import PictureError
     except ImportError as error:
-        note(f"error: {error}; run `python3 setup_cpu_env.py` once, then this with the Python of its .venv.")
-        return 2
-    try:
-        return work(args)
-    except (UsageError, CheckpointError, LabelError, PictureError) as error:
-        note(f"error: {str(error).rstrip('.')}.")
-        return 2
+        raise UsageError(
+            f"{error}; run `python3 setup_cpu_env.py` once, then this with the Python of its .venv."
+        ) from error
+    return CheckpointError, LabelError, PictureError

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image, ImageDraw, ImageFont
 
-from flags import UsageError
+from command_line import UsageError
 from pictures import PICTURE_SUFFIXES, is_url
 
 LONGEST_SIDE = 1600  # pixels of the drawn picture; larger ones are made smaller

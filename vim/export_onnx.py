@@ -1,17 +1,20 @@
 #!/usr/bin/env python3
-"""Write a model as ONNX, for any runtime, and compare what it says with PyTorch.
+"""Write a model as ONNX, for any runtime, or as an archive of torch.export, and compare its numbers with PyTorch's.
 
 python vim/export_onnx.py --checkpoint vim_tiny.pth --output vim_tiny.onnx
 python vim/export_onnx.py --model vmamba_tiny_s2l5 --checkpoint vmamba_tiny.pth --output vmamba_tiny.onnx --scan steps
+python vim/export_onnx.py --checkpoint vim_tiny.pth --output vim_tiny.pt2
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +24,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from classify import Classifier
+    from onnx_session import OnnxModel
 
 # torch takes seconds to import, so it is imported only once the command line is known to be right.
 
 SCHEMES = ("chunks", "steps")
+ONNX, ARCHIVE = ".onnx", ".pt2"
+METADATA = "metadata.json"  # in an archive
 STAGES = 4
 BATCHES = (1, 3)  # of the random pictures that the file is compared on
 
@@ -32,12 +38,14 @@ BATCHES = (1, 3)  # of the random pictures that the file is compared on
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(
-        description="Write a Vision Mamba or VMamba as an ONNX file and compare its numbers with PyTorch's.",
-        epilog="Exit code: 0, 1 if the file's logits differ from PyTorch's by more than the tolerance, 2 if the "
-        "command cannot be carried out.",
+        description="Write a Vision Mamba or VMamba as an ONNX file (.onnx) or as an archive of torch.export (.pt2), "
+        "for any batch of pictures of one size, and compare its numbers with PyTorch's.",
+        epilog="An archive holds this project's ops: import mamba_ssm before torch.export.load reads it, and load only "
+        "archives that you trust. Exit code: 0, 1 if the file's logits differ from PyTorch's by more than the "
+        "tolerance, 2 if the command cannot be carried out.",
     )
     add = parser.add_argument
-    add("--output", required=True, metavar="FILE", help="the file to write; ends in .onnx")
+    add("--output", required=True, metavar="FILE", help="the file to write; ends in .onnx or .pt2")
     add("--checkpoint", default="", metavar="WEIGHTS",
         help="file (.pth, .safetensors), https address or Hugging Face repository; without it the weights "
         "are random")  # fmt: skip
@@ -45,13 +53,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_classes", "--num-classes", type=positive, metavar="N",
         help="classes of the head (default: the checkpoint's, else 1000)")  # fmt: skip
     add("--labels", metavar="FILE", help="names of the classes: one per line, a JSON list, or JSON {index: name}")
-    add("--scan", choices=SCHEMES, default=SCHEMES[0],
-        help="how the scans are written, both exact: chunks in few large operators, steps as the smallest graph "
-        f"(default: {SCHEMES[0]})")  # fmt: skip
-    add("--opset", type=positive, default=18, metavar="N", help="of ONNX, 18 or later (default: 18)")
     add("--image", nargs="+", default=[], metavar="PICTURE", help="pictures to compare on, beside random ones")
     add("--tolerance", type=_tolerance, default=1e-4, metavar="T",
         help="largest difference of a logit from PyTorch's (default: 1e-4)")  # fmt: skip
+    onnx = parser.add_argument_group("of ONNX files alone").add_argument
+    onnx("--scan", choices=SCHEMES,
+        help="how the scans are written, both exact for any decay: chunks is the fastest in ONNX Runtime, four tokens "
+        "or a row of a picture at a time; steps is the smallest graph, one Scan node for all directions, a token at a "
+        f"time (default: {SCHEMES[0]})")  # fmt: skip
+    onnx("--inline", action="store_true",
+        help="write the scans' definitions in their place, for runtimes that know no functions; ONNX Runtime's library "
+        "of this project's operators is of no use to such a file")  # fmt: skip
+    onnx("--weights", choices=("inside", "beside"), help="where the weights are kept: in the file, or in FILE.data "
+        "beside it, as a model of 2 GB or more must be (default: inside)")  # fmt: skip
+    onnx("--opset", type=positive, metavar="N", help="of ONNX, 18 or later (default: 18)")
     add_size_flag(parser)
     add_kernel_flags(parser)
     return parser
@@ -79,7 +94,9 @@ def export_and_compare(args: argparse.Namespace) -> int:
     from model_setup import chosen_backend
 
     path = _checked_output(args.output)
-    _require_packages()
+    _check_flags(args, path)
+    if path.suffix == ONNX:
+        _require_packages()
     if args.threads:
         torch.set_num_threads(args.threads)
     _stage(1, "reading the model")
@@ -94,14 +111,17 @@ def export_and_compare(args: argparse.Namespace) -> int:
         note("warning: no --checkpoint was given, so the weights are random and the file's predictions mean nothing")
     batches = [*_random_pictures(classifier), *_real_pictures(classifier, args.image)]
     _stage(2, f"exporting {classifier.model_name}, which takes up to two minutes")
-    start = time.monotonic()
     with chosen_backend(args.backend):
-        program = _export(classifier, args.scan, args.opset)
-        _describe(program.model, classifier, args.scan)
-        _stage(3, f"writing {path}, after {time.monotonic() - start:.0f} s")
-        _write(program, path)
+        write = _write_onnx if path.suffix == ONNX else _write_archive
+        write(classifier, path, args, time.monotonic())
         _stage(4, "comparing with PyTorch")
-        return _compare(classifier, path, batches, args.tolerance)
+        ways = _ways_to_run_onnx if path.suffix == ONNX else _ways_to_run_archive
+        worst = [_compare(classifier, name, run, batches) for name, run in ways(path, args.threads)]
+    within = max(worst) <= args.tolerance
+    print(
+        f"{'within' if within else 'OUT OF'} the tolerance of {args.tolerance:g}: largest difference {max(worst):.2e}"
+    )
+    return 0 if within else 1
 
 
 def _stage(number: int, text: str) -> None:
@@ -112,11 +132,19 @@ def _checked_output(text: str) -> Path:
     from flags import UsageError
 
     path = Path(text)
-    if path.suffix.lower() != ".onnx":
-        raise UsageError(f"--output must end in .onnx, got {text}")
+    if path.suffix not in (ONNX, ARCHIVE):
+        raise UsageError(f"--output must end in {ONNX} or {ARCHIVE}, got {text}")
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(f"--output {text} is a folder" if path.is_dir() else f"--output: no folder {path.parent}")
     return path
+
+
+def _check_flags(args: argparse.Namespace, path: Path) -> None:
+    from flags import UsageError
+
+    for name in ("scan", "opset", "weights", "inline"):
+        if path.suffix == ARCHIVE and getattr(args, name):
+            raise UsageError(f"--{name} is of ONNX files alone, and --output {path} is an archive of torch.export")
 
 
 def _require_packages() -> None:
@@ -146,21 +174,8 @@ def _real_pictures(classifier: Classifier, sources: list[str]) -> list[tuple[str
     return [(name, classifier.transform(open_picture(name))[None]) for name in names]
 
 
-def _export(classifier: Classifier, scheme: str, opset: int) -> Any:
-    import torch
-
-    from checkpoint_sources import first_line
-    from flags import UsageError
-    from mamba_ssm.ops.export import export_onnx
-
-    try:
-        return export_onnx(classifier.model, torch.zeros(1, *classifier.shape), scheme=scheme, opset=opset)
-    except (ValueError, RuntimeError) as error:
-        raise UsageError(f"{classifier.model_name} cannot be exported: {first_line(error)}") from error
-
-
-def _describe(graph: Any, classifier: Classifier, scheme: str) -> None:
-    """Put into the file what a user of it must know: classes by number, and how pictures are prepared."""
+def _description(classifier: Classifier) -> dict[str, str]:
+    """What a user of the file must know: classes by number, and how pictures are prepared."""
     from pictures import IMAGENET_MEAN, IMAGENET_STD
 
     _, height, width = classifier.shape
@@ -173,46 +188,132 @@ def _describe(graph: Any, classifier: Classifier, scheme: str) -> None:
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
     }
-    graph.metadata_props.update(
-        {
-            "model_name": classifier.model_name,
-            "class_names": json.dumps(classifier.names, ensure_ascii=False),
-            "preprocessing": json.dumps(steps),
-            "scan": scheme,
-            "weights": "random" if classifier.source is None else classifier.source,
-        }
-    )
+    # Folders of pictures are called by the checkpoint's own names, which may be others than those for people.
+    own = {} if classifier.own_names is None else {"checkpoint_names": json.dumps(classifier.own_names)}
+    return {
+        **own,
+        "model_name": classifier.model_name,
+        "class_names": json.dumps(classifier.names, ensure_ascii=False),
+        "preprocessing": json.dumps(steps),
+        "weights": "random" if classifier.source is None else classifier.source,
+    }
 
 
-def _write(program: Any, path: Path) -> None:
-    from checkpoint import write_whole
-
-    write_whole(path, lambda file: program.save(file, external_data=False))
-    nodes = sum(1 for _ in program.model.graph.all_nodes())
-    note(f"{path}: {nodes} nodes, {path.stat().st_size / 1e6:.1f} MB, any batch")
-
-
-def _compare(classifier: Classifier, path: Path, batches: list[tuple[str, Tensor]], tolerance: float) -> int:
-    """Print how far the file's logits are from PyTorch's; return 1 if one is too far."""
-    import onnxruntime
+def _write_onnx(classifier: Classifier, path: Path, args: argparse.Namespace, start: float) -> None:
     import torch
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    from checkpoint_sources import first_line
+    from flags import UsageError
+    from mamba_ssm.ops.export import LEAST_OPSET, export_onnx
+
+    scheme, example = args.scan or SCHEMES[0], torch.zeros(1, *classifier.shape)
+    try:
+        program = export_onnx(
+            classifier.model, example, scheme=scheme, opset=args.opset or LEAST_OPSET, functions=not args.inline
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"{classifier.model_name} cannot be exported: {first_line(error)}") from error
+    program.model.metadata_props.update({**_description(classifier), "scan": scheme})
+    _stage(3, f"writing {path}, after {time.monotonic() - start:.0f} s")
+    if args.weights == "beside":
+        size = _write_with_weights_beside(program, path)
+    else:
+        _write(path, lambda file: program.save(file, external_data=False))
+        size = path.stat().st_size
+    nodes = sum(1 for _ in program.model.graph.all_nodes())
+    defining = sum(sum(1 for _ in function.all_nodes()) for function in program.model.functions.values())
+    of_functions = f" and {defining} in definitions" if defining else ""
+    _, height, width = classifier.shape
+    note(f"{path}: {nodes} nodes{of_functions}, {size / 1e6:.1f} MB, any batch of {height} x {width} pixels")
+
+
+def _write_with_weights_beside(program: Any, path: Path) -> int:
+    """Write the file and, beside it, FILE.data; the bytes of both."""
+    from checkpoint import CheckpointError
+
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        # The graph names its weights' file, so both have their last names here already.
+        written = [Path(folder, f"{path.name}.data"), Path(folder, path.name)]
+        try:
+            program.save(written[1], external_data=True)
+            for file in written:
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
+            return sum(file.replace(path.with_name(file.name)).stat().st_size for file in written)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    from checkpoint import write_whole
+
+    write_whole(path, write)
+
+
+def _write_archive(classifier: Classifier, path: Path, args: argparse.Namespace, start: float) -> None:
+    import torch
+
+    from checkpoint_sources import first_line
+    from flags import UsageError
+
+    example = torch.zeros(2, *classifier.shape)  # a batch of one would be taken for a size that is always one
+    sizes = ({0: torch.export.Dim("batch", min=1, max=2**16)},)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(classifier.model, (example,), dynamic_shapes=sizes)
+    except Exception as error:  # of torch's many own classes
+        raise UsageError(f"{classifier.model_name} cannot be exported: {first_line(error)}") from error
+    _stage(3, f"writing {path}, after {time.monotonic() - start:.0f} s")
+    said = {METADATA: json.dumps(_description(classifier), ensure_ascii=False)}
+
+    def save(file: Path) -> None:
+        with open(file, "wb") as opened:
+            torch.export.save(program, opened, extra_files=said)
+
+    _write(path, save)
+    _, height, width = classifier.shape
+    note(f"{path}: {path.stat().st_size / 1e6:.1f} MB, any batch of {height} x {width} pixels")
+
+
+def _ways_to_run_onnx(path: Path, threads: int | None) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+    """ONNX Runtime alone and, if it was built and the file has its operators, with this project's library."""
+    import torch
+
+    from onnx_session import open_session
+
+    models = {"onnxruntime": open_session(path, threads=threads, custom_ops="none")}
+    fast = open_session(path, threads=threads)
+    if fast.custom_ops is not None:
+        models["onnxruntime with this project's operators"] = fast
+
+    def runs(model: OnnxModel) -> Callable[[Tensor], Tensor]:
+        return lambda batch: torch.from_numpy(model.run(batch.numpy()))
+
+    return [(name, runs(model)) for name, model in models.items()]
+
+
+def _ways_to_run_archive(path: Path, threads: int | None) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+    import torch
+
+    return [("the archive", torch.export.load(path).module())]
+
+
+def _compare(
+    classifier: Classifier, way: str, run: Callable[[Tensor], Tensor], batches: list[tuple[str, Tensor]]
+) -> float:
+    """Print how far the file's logits are from PyTorch's; return the largest difference."""
+    import torch
+
     worst = 0.0
     for name, batch in batches:
-        (found,) = session.run(None, {"input": batch.numpy()})
         with torch.inference_mode():
-            expected = classifier.model(batch)
-        error = (torch.from_numpy(found) - expected).abs().max().item()
-        same = torch.from_numpy(found).argmax(1).equal(expected.argmax(1))
-        print(f"{name}: largest difference {error:.2e} of logits up to {expected.abs().max().item():.3g}, "
+            found, expected = run(batch), classifier.model(batch)
+        error = (found - expected).abs().max().item()
+        same = found.argmax(1).equal(expected.argmax(1))
+        print(f"{way}, {name}: largest difference {error:.2e} of logits up to {expected.abs().max().item():.3g}, "
               f"the {'same' if same else 'NOT the same'} first class", flush=True)  # fmt: skip
         worst = max(worst, error) if error == error else float("inf")
-    within = worst <= tolerance
-    print(f"{'within' if within else 'OUT OF'} the tolerance of {tolerance:g}: largest difference {worst:.2e}")
-    return 0 if within else 1
+    return worst
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

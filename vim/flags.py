@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
+from command_line import UsageError
 from pictures import LEAST_CROP_RATIO
 
-
-class UsageError(ValueError):
-    """A command line that cannot be carried out; its text is one sentence for the person who typed it."""
+__all__ = ["MENDS", "UsageError", "check", "get_args_parser", "is_given", "without_effect"]
 
 
 class _StoreAndRemember(argparse.Action):
@@ -99,7 +98,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     flags = _Flags(parser, "what to run, and on what")
     flags.switch("--eval", "evaluate only: print Acc@1, Acc@5 and the loss on the validation pictures")
-    flags.value("--resume", str, "", "checkpoint to evaluate or to go on from: a file, an https:// URL, a hub id")
+    flags.value(
+        "--resume",
+        str,
+        "",
+        "checkpoint to evaluate or to go on from: a file, an https:// URL, a hub id; to evaluate, also an ONNX file",
+    )
     flags.value("--finetune", str, "", "checkpoint to start from; its head is dropped where the class count differs")
     flags.value(
         "--pos-embed-resize",
@@ -127,7 +131,13 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FAULT",
     )
     flags.value("--output_dir", str, "", "folder for checkpoints and logs; nothing is saved without it")
-    flags.value("--device", str, _default_device(), "cpu, cuda, cuda:1 ...; CUDA where there is one, else the CPU")
+    flags.value(
+        "--device",
+        str,
+        _default_device(),
+        "cpu, cuda, cuda:1 ...; CUDA where there is one, else the CPU",
+        action=_StoreAndRemember,
+    )
     flags.value(
         "--seed",
         int,

@@ -17,7 +17,13 @@ class LabelError(ValueError):
 @functools.lru_cache(maxsize=1)
 def _imagenet() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return (names, wnids) of the 1000 ImageNet classes in training order, from timm's own tables."""
-    from timm.data import ImageNetInfo
+    try:
+        from timm.data import ImageNetInfo
+    except ImportError as error:  # ONNX files run where it is not installed, and bring their names along
+        raise LabelError(
+            f"The words for WordNet ids such as n01440764 are timm's, which cannot be imported ({error}): install it, "
+            "or give --labels a file with words."
+        ) from error
 
     info = ImageNetInfo("imagenet-1k")
     indices = range(info.num_classes())

@@ -4,13 +4,14 @@
 python vim/main.py --model NAME --data-path DIR --output_dir RUN               (pictures: DIR/train/CLASS/*.jpg)
 python vim/main.py --finetune CHECKPOINT --data-path DIR --output_dir RUN      (other classes, another size)
 python vim/main.py --eval --resume CHECKPOINT --data-path DIR                  (pictures: DIR/val/CLASS/*.jpg)
+python vim/main.py --eval --resume FILE.onnx --data-path DIR                   (a file of vim/export_onnx.py)
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 try:
@@ -19,12 +20,14 @@ try:
     from torch import Tensor, nn
     from torch.utils.data import DataLoader
 
+    import other_family
     import utils
     from checkpoint import Checkpoint, CheckpointError, load_weights
     from datasets import DataError, build_dataset, build_transform, collate_readable
     from engine import Evaluation, NonFiniteLossError, autocast_for, measure, name_unreadable
     from flags import UsageError, check, get_args_parser, is_given, without_effect
     from model_setup import build_model, input_shape, patch_grid, pick_device, read_checkpoint_for
+    from onnx_network import OnnxError, is_onnx, network_for_evaluation, refuse_training
     from samplers import ShardSampler
     from training import Stopped, train
 except KeyboardInterrupt:
@@ -41,22 +44,26 @@ except ImportError as error:
 __all__ = ["get_args_parser", "main"]
 
 
-def main(args: argparse.Namespace) -> None:
-    """Do what the command line says; the results go to standard output.
+def main(args: argparse.Namespace, starting: Callable[[], None] = lambda: None) -> None:
+    """Do what the command line says; the results go to standard output. `starting`: see `train`.
 
     Raises:
-        UsageError, DataError, CheckpointError: it cannot be done; one sentence says why.
+        UsageError, DataError, CheckpointError, OnnxError: it cannot be done; one sentence says why.
     """
     check(args)
+    args.model = other_family.registered(args.model)
+    refuse_training(args)
     device = pick_device(args.device)
     utils.init_distributed_mode(args)
     try:
         if device.type == "cuda" and args.gpu is not None:
             device = torch.device("cuda", args.gpu)
-        if args.eval:
+        if args.eval and is_onnx(args.resume or args.finetune):
+            evaluate_onnx(args)
+        elif args.eval:
             evaluate_checkpoint(args, device)
         else:
-            train(args, device)
+            train(args, device, starting)
     finally:
         utils.leave_distributed_mode()
 
@@ -92,6 +99,22 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
     name_unreadable(result)
 
 
+def evaluate_onnx(args: argparse.Namespace) -> None:
+    """Measure the ONNX file that `args` names; print the results."""
+    source = args.resume or args.finetune
+    network, device = network_for_evaluation(args, source), torch.device("cpu")
+    classes = len(network.model.class_names)
+    dataset: Any
+    dataset, _ = build_dataset(False, args, class_names=network.folder_names, num_classes=classes)
+    loader = _build_loader(args, dataset, device)
+    _describe(args, dataset, network, classes, device)
+    random = " (random ones, so the results mean nothing)" if network.model.has_random_weights else ""
+    print(f"weights: {source}{random}, run by onnxruntime")
+    result = measure(loader, network, device)
+    _print_result(result, "network")
+    name_unreadable(result)
+
+
 def _build_model(args: argparse.Namespace, num_classes: int, checkpoint: Checkpoint | None) -> nn.Module:
     """Return the model and set args.input_size: as typed, else the checkpoint's size, else the model's own."""
     size = args.input_size if is_given(args, "input_size") else checkpoint.img_size if checkpoint else None
@@ -119,7 +142,8 @@ def _class_count(checkpoint: Checkpoint, model_name: str) -> int:
     described = timm.models.get_pretrained_cfg(model_name, allow_unregistered=True)
     if described is None and checkpoint.num_classes:  # ours, which timm knows by name alone
         return checkpoint.num_classes
-    classifier = getattr(described, "classifier", None) or "head"
+    ours = "classifier.head" if other_family.is_vmamba(checkpoint.model) else "head"
+    classifier = getattr(described, "classifier", None) or ours
     first = classifier if isinstance(classifier, str) else classifier[0]
     weight = checkpoint.model.get(f"{first}.weight")
     if weight is None or weight.ndim == 0:
@@ -155,8 +179,9 @@ def _build_loader(args: argparse.Namespace, dataset: Any, device: torch.device) 
 
 def _describe(args: argparse.Namespace, dataset: Any, model: nn.Module, num_classes: int, device: torch.device) -> None:
     height, width = args.input_size if isinstance(args.input_size, tuple) else (args.input_size,) * 2
-    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
-    print(f"model: {args.model}, {millions:.2f} M parameters, {num_classes} classes, {height} x {width} pixels")
+    weights = [weight.numel() for weight in model.parameters()]
+    parameters = f", {sum(weights) / 1e6:.2f} M parameters" if weights else ""  # torch does not see those of ONNX
+    print(f"model: {args.model}{parameters}, {num_classes} classes, {height} x {width} pixels")
     print(f"data: {len(dataset)} pictures of {getattr(dataset, 'root', args.data_path)}")
     if getattr(dataset, "note", None):
         print(f"note: {dataset.note}")
@@ -176,16 +201,26 @@ def _print_result(result: Evaluation, called: str) -> None:
     print(f"Accuracy of the {called} on the {result.pictures} test images: {result.acc1:.1f}%{left_out}")
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says; return the exit code: 2, after one sentence, if it cannot be done."""
+def run(
+    arguments: Sequence[str] | None = None,
+    starting: Callable[[], None] = lambda: None,
+    in_own_words: Callable[[str], str] = str,
+) -> int:
+    """Do what the command line says; return the exit code: 2, after one sentence, if it cannot be done.
+
+    Args:
+        arguments: the command line; that of the process if None.
+        starting: called before a training that can be done; see `train`.
+        in_own_words: makes that sentence one about the words of a caller with a command line of its own.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0] if __doc__ else None, parents=[get_args_parser()]
     )
     args = parser.parse_args(arguments)
     try:
-        main(args)
-    except (UsageError, DataError, CheckpointError, NonFiniteLossError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        main(args, starting)
+    except (UsageError, DataError, CheckpointError, OnnxError, NonFiniteLossError) as error:
+        print(f"error: {in_own_words(str(error))}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         print(stopped, file=sys.stderr)

@@ -1,7 +1,7 @@
 """Pictures from disk, standard input or the web, as RGB; and the evaluation transform of the model.
 
-Evaluation and inference both open and transform pictures here, so that the same picture gives the same
-result in both.
+Evaluation and inference, in PyTorch and in ONNX Runtime, open and transform pictures here, so that the same picture
+gives the same result in all of them. Needs Pillow and numpy; torch only where a tensor is asked for.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, BinaryIO
 from PIL import Image
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 PICTURE_SUFFIXES = frozenset(
@@ -264,6 +266,11 @@ def _grey_from_wide(picture: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint((values - low) * scale).astype(np.uint8))
 
 
+def _middle(side: int, kept: int) -> int:
+    """Return where the middle `kept` of `side` pixels begin, rounded as torchvision does; below 0 if kept > side."""
+    return round((side - kept) / 2) if kept <= side else -((kept - side) // 2)
+
+
 class EvalTransform:
     """What a picture goes through before the model sees it: resize, centre crop, tensor, normalise.
 
@@ -282,22 +289,33 @@ class EvalTransform:
         self.crop_ratio = crop_ratio if max(self.size) > 32 else 1.0
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """Return the picture as a normalised fp32 tensor of shape (3, height, width)."""
-        from torchvision.transforms import functional
+        """Return the RGB picture as a normalised fp32 tensor of shape (3, height, width)."""
+        import torch
 
-        tensor = functional.to_tensor(self.crop(picture))
-        return functional.normalize(tensor, IMAGENET_MEAN, IMAGENET_STD)
+        return torch.from_numpy(self.array(picture))
+
+    def array(self, picture: Image.Image) -> NDArray[np.float32]:
+        """Return the RGB picture as a normalised fp32 array of shape (3, height, width)."""
+        import numpy as np
+
+        values = np.asarray(self.crop(picture)).transpose(2, 0, 1).astype(np.float32, order="C")
+        values /= 255
+        values -= np.array(IMAGENET_MEAN, np.float32)[:, None, None]
+        values /= np.array(IMAGENET_STD, np.float32)[:, None, None]
+        return values
 
     def crop(self, picture: Image.Image) -> Image.Image:
-        """Resize the picture and cut out its middle; what the model looks at, before normalisation."""
-        from torchvision.transforms import functional
+        """Resize the picture and cut out its middle; what the model looks at, before normalisation.
 
+        Where the picture is smaller than the crop, for a crop_ratio above 1, the rest is black.
+        """
         height, width = self._covering_size(picture.height, picture.width)
         if max(height, width) > LONGEST_SIDES * max(self.size):
             picture = self._resize_middle(picture, height, width)
         elif (picture.height, picture.width) != (height, width):
             picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        return functional.center_crop(picture, list(self.size))
+        top, left = _middle(picture.height, self.size[0]), _middle(picture.width, self.size[1])
+        return picture.crop((left, top, left + self.size[1], top + self.size[0]))
 
     def _covering_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) of the whole picture after resizing, rounded down as in torchvision."""
@@ -310,7 +328,7 @@ class EvalTransform:
     def _resize_middle(self, picture: Image.Image, height: int, width: int) -> Image.Image:
         """Resize only the part that the crop keeps: a 1 x 30,000 picture would become gigabytes."""
         kept_height, kept_width = min(self.size[0], height), min(self.size[1], width)
-        top, left = round((height - kept_height) / 2), round((width - kept_width) / 2)
+        top, left = _middle(height, kept_height), _middle(width, kept_width)
         tall, wide = picture.height / height, picture.width / width
         box = (left * wide, top * tall, (left + kept_width) * wide, (top + kept_height) * tall)
         box = (*box[:2], min(box[2], picture.width), min(box[3], picture.height))

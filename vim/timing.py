@@ -7,8 +7,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,16 @@ def time_repeatedly(run: Callable[[], object], repeat: int, *, warm_up: int = 2)
 
 
 def _finish() -> None:
-    if torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")  # where it is not even imported, no GPU is at work
+    if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def peak_memory(device: torch.device) -> int | None:
     """Return the most bytes in use: of the GPU's memory, else of this process; None if unknown."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource

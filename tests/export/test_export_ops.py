@@ -334,6 +334,16 @@ def test_a_block_of_vim_adds_few_nodes(scheme: str, functions: bool, most: int) 
     assert counts[1] - counts[0] <= most
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["vim", "vmamba"])
+def test_constants_are_such_as_older_runtimes_read(name: str, scheme: str) -> None:
+    """ONNX Runtime up to 1.23 reads a function's constants as tensors alone."""
+    program = export_onnx(MODELS[name](), small_vim.pictures(), scheme=scheme)
+    nodes = [node for function in program.model.functions.values() for node in function.all_nodes()]
+    kinds = {kind for node in nodes if node.op_type == "Constant" for kind in node.attributes}
+    assert kinds == {"value"}
+
+
 def test_nothing_but_weights_takes_room() -> None:
     model = small_vim.small_model()
     weights = 4 * sum(weight.numel() for weight in model.parameters())

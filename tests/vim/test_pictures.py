@@ -358,13 +358,16 @@ def torchvision_transform(size: int, crop_ratio: float) -> transforms.Compose:
 
 
 @pytest.mark.parametrize("shape", [(300, 400), (401, 299), (64, 64), (37, 211), (1, 1), (3, 2), (256, 256)])
-@pytest.mark.parametrize(("size", "crop_ratio"), [(224, 0.875), (64, 0.9), (48, 1.0), (40, 1.25)])
+@pytest.mark.parametrize(("size", "crop_ratio"), [(224, 0.875), (64, 0.9), (48, 1.0), (40, 1.25), (41, 1.25)])
 def test_square_transform_equals_torchvision(shape: tuple[int, int], size: int, crop_ratio: float) -> None:
     picture = colourful(*shape)
     ours = pictures.eval_transform(size, crop_ratio)(picture)
     assert ours.shape == (3, size, size)
     assert ours.dtype == torch.float32
     assert torch.equal(ours, torchvision_transform(size, crop_ratio)(picture))
+    without_torch = pictures.eval_transform(size, crop_ratio).array(picture)
+    assert without_torch.dtype == np.float32
+    assert np.array_equal(without_torch, ours.numpy())
 
 
 def test_small_models_see_the_whole_picture() -> None:

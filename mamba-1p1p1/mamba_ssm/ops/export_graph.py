@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnxscript import evaluator
 from onnxscript import opset18 as op
 
@@ -14,12 +16,17 @@ FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
 def ints(*values: int) -> Any:
     """A constant (k,) of 64-bit integers, as shapes and axes must be."""
-    return op.Constant(value_ints=list(values))
+    return _constant(np.array(values, dtype=np.int64))
 
 
 def number(value: float) -> Any:
     """A constant in fp32, what all scans are computed in here."""
-    return op.Constant(value_float=value)
+    return _constant(np.array(value, dtype=np.float32))
+
+
+def _constant(value: NDArray[Any]) -> Any:
+    """As a tensor: ONNX Runtime up to 1.23 cannot read numbers in the other attributes of a function's constants."""
+    return op.Constant(value=ir.serde.serialize_tensor(ir.tensor(value)))
 
 
 def _recorded() -> list[ir.Node]:
