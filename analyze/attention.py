@@ -204,7 +204,7 @@ def attnmap_mamba(
 def get_attnmap_mamba(
     ss2ds: Sequence[Sequence[Any]],
     stage: int = -1,
-    mode: str = "all_CB",
+    mode: str = "all_absnorm_CB",
     raw_attn: bool = False,
     block_id: int = 0,
     scale: float = 1,

@@ -145,15 +145,22 @@ def _index(flag: str, value: int, items: Sequence[Any]) -> int:
 def _draw(
     network: Classifier, mixers: list[nn.Module], picture: Image.Image, args: argparse.Namespace, title: str, path: Path
 ) -> None:
-    """Record one picture, draw its maps and write them."""
+    """Record one picture, draw its maps and write them.
+
+    Raises:
+        PictureError: the network gives no numbers that can be drawn.
+    """
     from analyze.panels import draw_rows
     from analyze.recording import record
+    from pictures import PictureError
 
     seen = network.transform.crop(picture)
     batch = network.transform(picture)[None].to(network.device)
     with running(network):
         recordings = record(network.model, batch, mixers)
         rows = _rows(recordings, args, seen.size)
+    if not all(bool(heat.values.isfinite().all()) for row in rows for heat in row.maps):
+        raise PictureError("the maps hold numbers that are not finite: the weights are damaged, or of another network")
     trained = "" if network.source else " (random weights)"
     norm = ", (x - min) / (max - min)" if args.norm else ", |x| / max |x|" if args.absnorm or args.rollout else ""
     write_figure(draw_rows(seen, rows, f"{title}{norm}{trained}"), path)

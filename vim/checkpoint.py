@@ -12,11 +12,7 @@ import contextlib
 import errno
 import json
 import os
-import pickle
 import shutil
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +41,7 @@ __all__ = [
 ]
 
 _WEIGHT_ENTRIES = ("model", "state_dict", "module")
-_METADATA = ("class_names", "model_name", "img_size", "epoch")
+_METADATA = ("class_names", "model_name", other_family.SETTINGS, "img_size", "epoch")
 
 
 class UnreadableCheckpointError(CheckpointError):
@@ -66,7 +62,8 @@ class Checkpoint:
         epoch: the last finished epoch, counted from 0.
         class_names: names by class number.
         model_name, img_size: registered name and picture size (pixels) of the network, when the file says; the name
-            of a published VMamba is found by the sizes of its weights.
+            of a published VMamba is found by the sizes of its weights, and a VMamba whose settings the file holds is
+            registered.
         source: the file or repository that was read, for messages.
         extra: everything else: optimizer, lr_scheduler, scaler ...
     """
@@ -114,72 +111,33 @@ def _read_safetensors(path: Path, name: str) -> dict[str, Any]:
             payload: dict[str, Any] = {"model": {key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118
             metadata = file.metadata() or {}
         payload.update({key: json.loads(metadata[key]) for key in _METADATA if key in metadata})
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # of a damaged header any of several libraries complains in its own way
         raise CheckpointError(
             f"{name} is not a whole safetensors file ({first_line(error)}): download or write it again"
         ) from error
     return payload
 
 
-def _namespaces_allowed() -> contextlib.AbstractContextManager[Any]:
-    """Let torch.load read argparse.Namespace (plain attributes) besides tensors and numbers."""
-    if hasattr(torch.serialization, "safe_globals"):
-        return torch.serialization.safe_globals([argparse.Namespace])
-    torch.serialization.add_safe_globals([argparse.Namespace])  # torch 2.4 has no context manager for it
-    return contextlib.nullcontext()
-
-
-def _refuse_changed_bytes(path: Path, name: str) -> None:
-    """Compare each part of torch's zip with its checksum, which torch itself does not do for tensors."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            if not any(entry.CRC for entry in file.infolist()):
-                return  # written with torch.serialization.set_crc32_options(False), or empty
-            changed = file.testzip()
-    except (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError, OverflowError):
-        return  # an older format, or a file that torch cannot read either
-    if changed:
-        raise UnreadableCheckpointError(
-            f"{name} is damaged: the bytes of {changed} are not those that were written", "download it again"
-        )
-
-
 def _read_torch(path: Path, name: str) -> Any:
-    _refuse_changed_bytes(path, name)
-    try:
-        with _namespaces_allowed():
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        return _read_around_objects(path, name, error)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise _unreadable(name, error) from error
-
-
-def _read_around_objects(path: Path, name: str, error: pickle.UnpicklingError) -> Any:
-    """Read a file with objects that torch does not know, such as the settings of a run, without making any."""
     reader = other_family.package().unpickling
     try:
-        return reader.read_without_running(path, name)
-    except reader.RefusedError as refusal:
-        raise CheckpointError(str(refusal)) from error
-    except (ValueError, OSError):
-        raise _unreadable(name, error) from error
+        return reader.read_torch_file(path, name)
+    except reader.DamagedError as error:
+        raise UnreadableCheckpointError(error.fault, "download it again") from error
+    except reader.RefusedError as error:
+        raise CheckpointError(str(error)) from error
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {(error.strerror or str(error)).lower()}") from error
 
 
-def _unreadable(name: str, error: BaseException) -> CheckpointError:
-    if isinstance(error, PermissionError):
-        return CheckpointError(f"{name} cannot be read: permission denied")
-    return UnreadableCheckpointError(
-        f"{name} is not a checkpoint that can be read: it is truncated, of another format or (after a git clone) only "
-        "a pointer to the file",
-        "download it again",
-    )
+def _in_words(value: Any) -> str:
+    return other_family.package().unpickling.in_words(value)
 
 
 def _interpret(payload: Any, name: str) -> Checkpoint:
     """Sort the entries of a checkpoint into their places."""
     if not isinstance(payload, Mapping):
-        raise CheckpointError(f"{name} holds a {type(payload).__name__}, not the weights of a model by name")
+        raise CheckpointError(f"{name} holds {_in_words(payload)}, not the weights of a model by name")
     entries = dict(payload)
     key = next((key for key in _WEIGHT_ENTRIES if isinstance(entries.get(key), Mapping)), None)
     if key is None:
@@ -195,14 +153,14 @@ def _interpret(payload: Any, name: str) -> Checkpoint:
         _refuse_damage(entries, args, name)
     img_size = entries.pop("img_size", getattr(args, "input_size", None))
     weights = _checked_weights(entries.pop(key), name)
-    model_name = _typed(str, entries.pop("model_name", None) or getattr(args, "model", None))
+    called = _typed(str, entries.pop("model_name", None) or getattr(args, "model", None))
     return Checkpoint(
         model=weights,
         ema=_checked_weights(ema, name) if isinstance(ema, Mapping) and ema else None,
         args=args,
         epoch=_typed(int, entries.pop("epoch", None)),
         class_names=_class_names(entries.pop("class_names", None), name),
-        model_name=model_name or _vmamba_name(weights),
+        model_name=_model_name(called, entries.pop(other_family.SETTINGS, None), weights, name),
         img_size=_size(img_size),
         source=name,
         extra=entries,
@@ -262,7 +220,7 @@ def _checked_weights(weights: Mapping[str, Any], name: str) -> dict[str, Tensor]
         raise CheckpointError(f"{name} holds no weights")
     for key, value in weights.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{name} holds a {type(value).__name__} under {key!r}, not a tensor under its name")
+            raise CheckpointError(f"{name} holds {_in_words(value)} under {key!r}, not a tensor under its name")
         if value.is_meta or value.is_quantized or value.layout != torch.strided or value.is_complex():
             raise CheckpointError(f"{name} holds under {key!r} a tensor that is no array of real numbers")
     if other_family.is_vmamba(weights):
@@ -272,6 +230,16 @@ def _checked_weights(weights: Mapping[str, Any], name: str) -> dict[str, Tensor]
             raise CheckpointError(f"{name} cannot be used: {error}") from error
     prefix = "module." if all(key.startswith("module.") for key in weights) else ""
     return {key[len(prefix) :]: value for key, value in weights.items()}
+
+
+def _model_name(called: str | None, settings: Any, weights: Mapping[str, Tensor], name: str) -> str | None:
+    """Return the registered name of a network by what a checkpoint calls it; no file that it names is looked for."""
+    if settings is not None:
+        try:
+            return other_family.described(settings, called or "vssm", weights)
+        except ValueError as error:
+            raise CheckpointError(f"{name} cannot be used: {error}") from error
+    return called if called and not other_family.is_configuration(called) else _vmamba_name(weights)
 
 
 def _vmamba_name(weights: Mapping[str, Tensor]) -> str | None:

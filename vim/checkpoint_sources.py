@@ -37,7 +37,7 @@ def find_file(source: str, finetuned: bool = False, cache_dir: str | None = None
     """
     if "://" in source:
         return _download(source, cache_dir), source
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # unlike that of Path, without an error for a user who is not there
     if os.path.isdir(path):
         raise CheckpointError(f"{source} is a folder: name the checkpoint file in it")
     if os.path.exists(path):

@@ -17,6 +17,7 @@ import timm
 import torch
 import torch.distributed as dist
 
+import other_family
 import utils
 from checkpoint import Checkpoint, CheckpointError, UnreadableCheckpointError, save_checkpoint
 from checkpoint_sources import first_line
@@ -39,9 +40,11 @@ class Stopped(Exception):  # noqa: N818  (nothing went wrong)
         self.signal = signal_number
 
 
-def train(args: argparse.Namespace, device: torch.device) -> None:
+def train(args: argparse.Namespace, device: torch.device, starting: Callable[[], None] = lambda: None) -> None:
     """Run the training that `args` describes, or the rest of it.
 
+    Args:
+        starting: called when nothing but the training is left to do, before anything is written.
     Raises:
         UsageError, DataError, CheckpointError: it cannot be done; one sentence says why.
         NonFiniteLossError: the loss is NaN or infinite; the last checkpoint stays.
@@ -54,6 +57,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     elif source is not None:
         resumed = read_checkpoint_for(args.model, source)
     run = prepare(args, device, resumed)
+    starting()
     with _requests_to_stop() as asked:
         _train_on_record(run, asked, anew=not _is_in(source, args.output_dir))
 
@@ -277,6 +281,7 @@ def _save_as(run: Run, name: str, *, next_epoch: bool = False) -> None:
         "args": argparse.Namespace(**{key: value for key, value in vars(run.args).items() if key != "given"}),
         "class_names": run.data.class_names,
         "model_name": run.args.model,
+        **other_family.entries_for(run.args.model),
         "img_size": run.args.input_size,
         **gather_run_state(position),
     }

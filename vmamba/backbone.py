@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from vmamba.vssm import VSSM
 
 
 class Backbone_VSSM(VSSM):  # noqa: N801  upstream's name
-    """VSSM without classifier, whose forward pass returns maps of several stages.
+    """VSSM without classifier, whose forward pass returns maps of several stages; methods about a classifier raise.
 
     Args:
         out_indices: the stages whose maps are wanted, negative ones from the end; of none, the last map alone.
@@ -22,6 +22,7 @@ class Backbone_VSSM(VSSM):  # noqa: N801  upstream's name
     Raises:
         TypeError: an unknown option; names the nearest one.
         ValueError: an option has an impossible value, or the checkpoint cannot be loaded.
+        RuntimeError: the checkpoint cannot be downloaded.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Backbone_VSSM(VSSM):  # noqa: N801  upstream's name
 
         Raises:
             ValueError: the checkpoint cannot be read, or belongs to another network; says why.
+            RuntimeError: it cannot be downloaded; says where to put the file instead.
         """
         from vmamba.weights import load_into  # imports the networks in turn
 
@@ -69,3 +71,16 @@ class Backbone_VSSM(VSSM):  # noqa: N801  upstream's name
         if self.out_indices:
             return [maps[stage] for stage in self.out_indices]
         return self._formatted(x, "NCHW")
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last map (b, c, h, w) of pictures (b, in_chans, h, w), without a norm."""
+        x = self._embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self._formatted(x, "NCHW")
+
+    def _has_no_classifier(self, *_args: Any, **_options: Any) -> NoReturn:
+        """Raise ValueError: a backbone has no classifier."""
+        raise ValueError("a Backbone_VSSM has no classifier: build a VSSM, which has one")
+
+    forward_head = get_classifier = reset_classifier = prune_intermediate_layers = _has_no_classifier

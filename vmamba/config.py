@@ -11,12 +11,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+from vmamba.forward_types import nearest
 
 FOLDER = Path(__file__).resolve().parent / "configs"
 _RENAMED = {"ENABLE_AMP": "AMP_ENABLE"}  # keys of old files; the new one wins where a file has both
@@ -205,14 +209,16 @@ def find(name: str | Path) -> Path:
     Raises:
         ConfigError: there is none; names the nearest of `configs/`.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(name))
+    if os.path.isfile(path):  # unlike that of Path, without an error for a name that none can have
         return path
     own = FOLDER / f"{str(name).removesuffix('.yaml')}.yaml"
-    if path.name == str(name) and own.is_file():
+    if path.name == str(name) and os.path.isfile(own):
         return own
-    near = difflib.get_close_matches(path.stem, [file.stem for file in published()], n=1, cutoff=0.0)[0]
-    raise ConfigError(f"there is no configuration {str(name)!r}; the nearest of those that come along is {near!r}")
+    near = nearest(path.stem, [file.stem for file in published()])
+    raise ConfigError(
+        f"there is no configuration {_shown(str(name))}; the nearest of those that come along is {near!r}"
+    )
 
 
 def published() -> list[Path]:
@@ -235,7 +241,7 @@ def _with_bases(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for base in filter(None, bases):
         file = path.parent / base
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise ConfigError(f"there is no file {file}, which BASE of {path} names")
         settings = _merged(settings, _with_bases(file, (*including, path)))
     return _merged(settings, own)
@@ -244,7 +250,7 @@ def _with_bases(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:  # ValueError: no text, or no such date
         place = getattr(error, "problem_mark", None)
         where = f" (line {place.line + 1})" if place is not None else ""
         raise ConfigError(f"{path} is not a yaml file that can be read{where}") from error
@@ -294,8 +300,19 @@ def override(config: Config, words: Sequence[str]) -> Config:
     for key, text in zip(words[::2], words[1::2], strict=True):
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"the value of {key} must be written as in yaml, got {text!r}") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"the value of {key} must be written as in yaml, got {_shown(text)}") from error
+        config = replaced(config, {key: value})
+    return config
+
+
+def replaced(config: Config, settings: Mapping[str, Any]) -> Config:
+    """Return `config` with these values of settings by their whole names, as "MODEL.VSSM.SSM_CONV".
+
+    Raises:
+        ConfigError: no such key, or a value of another kind than the default.
+    """
+    for key, value in settings.items():
         for part in reversed(_RENAMED.get(key, key).split(".")):
             value = {part: value}
         config = _over(config, value, "")
@@ -364,7 +381,7 @@ def _converted(value: Any, kind: Any) -> Any:
     """`value` as this type, or _UNFIT."""
     if get_origin(kind) is Literal:
         value = "no" if value is False else value
-        return value if value in get_args(kind) else _UNFIT
+        return value if isinstance(value, str) and value in get_args(kind) else _UNFIT
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             return _UNFIT
@@ -386,6 +403,10 @@ def _number(value: Any) -> Any:
     return number if math.isfinite(number) else _UNFIT
 
 
+_SHORT = reprlib.Repr()  # never writes out a whole value, which may be one of many that refer to each other
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
 def _in_words(kind: Any) -> str:
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(map(_in_words, get_args(kind)))
@@ -398,7 +419,7 @@ def _in_words(kind: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = _SHORT.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -7,7 +7,7 @@ Everything here is `mamba_ssm.ops`: what runs, on which backend, is chosen there
 
 from __future__ import annotations
 
-import difflib
+import inspect
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from causal_conv1d.backend import use_backend
+from mamba_ssm.ops.mamba_inner import decay_rates
 from mamba_ssm.ops.selective_scan import selective_scan_fn as scan
 from mamba_ssm.ops.selective_scan_2d import selective_scan_2d
 from vmamba.cross_scan import PATTERNS
+from vmamba.forward_types import nearest, refuse_unknown
+from vmamba.layers import at_least_fp32
 
 __all__ = [
     "SelectiveScanCore",
@@ -71,7 +74,7 @@ def selective_scan_fn(
     if delta.dim() == u.dim() == 3 and delta.shape[1] != u.shape[1]:
         delta, delta_bias = _for_every_channel(u.shape[1], delta, delta_bias)
     if oflex:
-        u = _wide(u)
+        u = at_least_fp32(u)
     with use_backend("torch") if backend == "torch" else nullcontext():
         y: Any = scan(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
     return y
@@ -79,10 +82,9 @@ def selective_scan_fn(
 
 def _check_backend(backend: str | None) -> None:
     if backend is not None and backend not in BACKENDS:
-        near = difflib.get_close_matches(str(backend).lower(), BACKENDS, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"`backend` must be None, {', '.join(map(repr, BACKENDS))}, got {backend!r}; the nearest is {near!r}"
-        )
+        known = ", ".join(map(repr, BACKENDS))
+        near = nearest(backend, BACKENDS)
+        raise ValueError(f"`backend` must be None, {known}, got {backend!r}; the nearest is {near!r}")
 
 
 def _for_every_channel(channels: int, delta: Tensor, delta_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -117,6 +119,7 @@ def cross_selective_scan(
     scans: int = 0,
     nrows: int = 1,
     backnrows: int = 1,
+    **options: Any,
 ) -> Tensor:
     """Do what SS2D does between its convolution and its gate: project, scan in four directions, merge, normalise.
 
@@ -135,15 +138,20 @@ def cross_selective_scan(
         force_fp32: project in fp32 also where `x` or autocast is narrower; the scan computes in fp32 in any case.
         scans: 0 cross; 1 four times row by row; 2 twice row by row, and twice from the end.
         nrows, backnrows: without effect.
+        options: none; the classes and switches by which some copies of this function choose what computes it are not
+            taken, as that is chosen in any case.
 
     Returns:
         (b, h, w, d), or (b, d, h, w) with `channel_first`. Differentiable in every tensor.
 
     Raises:
         ValueError: a shape above does not hold, or an option has no such value.
+        TypeError: another option; names the nearest.
     Source: arXiv 2401.10166, section 4.2.
     """
     del nrows, backnrows
+    if options:
+        refuse_unknown("cross_selective_scan", options, list(inspect.signature(cross_selective_scan).parameters)[:-1])
     if not delta_softplus:
         raise ValueError("`delta_softplus` must be True, got False; `selective_scan_fn` also scans without softplus")
     if scans not in PATTERNS:
@@ -152,9 +160,9 @@ def cross_selective_scan(
     pixels = x.permute(0, 2, 3, 1)
     y = selective_scan_2d(
         pixels,
-        _project(pixels, x_proj_weight, x_proj_bias, force_fp32),
+        project(pixels, x_proj_weight, x_proj_bias, force_fp32),
         dt_projs_weight,
-        -torch.exp(_wide(A_logs)).unflatten(0, (4, channels)),
+        decay_rates(A_logs).unflatten(0, (4, channels)),
         D=None if Ds is None else Ds.unflatten(0, (4, channels)),
         dt_bias=dt_projs_bias,
         directions=PATTERNS[scans],
@@ -186,20 +194,23 @@ def _check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None, A_logs: Te
     return channels
 
 
-def _project(pixels: Tensor, weight: Tensor, bias: Tensor | None, force_fp32: bool) -> Tensor:
-    """(b, h, w, 4, r + 2 n) of pixels (b, h, w, d): one product for the four directions, in the image's own order."""
+def project(pixels: Tensor, weight: Tensor, bias: Tensor | None, force_fp32: bool = False) -> Tensor:
+    """(dt, B, C) of every pixel of (b, h, w, d) and direction, (b, h, w, 4, r + 2 n), by one product for all four.
+
+    Args:
+        weight: (4, r + 2 n, d).
+        bias: (4, r + 2 n).
+        force_fp32: compute in at least fp32, whatever autocast says.
+    """
     rows, shift = weight.flatten(0, 1), None if bias is None else bias.flatten()
     if force_fp32:
         with torch.autocast(pixels.device.type, enabled=False):
-            projected = nn.functional.linear(_wide(pixels), _wide(rows), None if shift is None else _wide(shift))
+            projected = nn.functional.linear(
+                at_least_fp32(pixels), at_least_fp32(rows), None if shift is None else at_least_fp32(shift)
+            )
     else:
         projected = nn.functional.linear(pixels, rows, shift)
     return projected.unflatten(3, (4, weight.shape[1]))
-
-
-def _wide(value: Tensor) -> Tensor:
-    """At least fp32."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 # --- names that other code calls --------------------------------------------------------------------------------------

@@ -83,7 +83,8 @@ def build_variant(
         options: replace the variant's own arguments of `VSSM`.
     Raises:
         TypeError: an unknown option; names the nearest one.
-        ValueError: an option has an impossible value, or the weights cannot be had or do not fit.
+        ValueError: an option has an impossible value, or the weights cannot be read or do not fit.
+        RuntimeError: the weights cannot be downloaded; says where to put the file instead.
     """
     layout = {"norm_layer": "ln2d" if channel_first else "ln"}
     model: Any = VSSM(**{**VARIANTS[name], **layout, **options})

@@ -51,6 +51,12 @@ def nearest(name: object, valid: Iterable[str]) -> str:
     return difflib.get_close_matches(str(name).lower(), sorted(valid), n=1, cutoff=0.0)[0]
 
 
+def refuse_unknown(whose: str, names: Iterable[str], valid: Iterable[str]) -> None:
+    """Raise TypeError for the first of the names of options that `whose` function has not; names the nearest one."""
+    for name in names:
+        raise TypeError(f"{whose} has no option {name!r}; the nearest is {nearest(name, valid)!r}")
+
+
 def parse_forward_type(name: str) -> ForwardType:
     """Return what the forward type `name` asks for.
 
@@ -62,7 +68,7 @@ def parse_forward_type(name: str) -> ForwardType:
     """
     base, *tags = str(name).split("_")
     if name not in _valid_names(base):
-        raise ValueError(f"there is no forward_type {name!r}; the nearest is {_suggestion(str(name))!r}")
+        raise ValueError(f"there is no `forward_type` {name!r}; the nearest is {_suggestion(str(name))!r}")
     return ForwardType(
         directions=_BASES[base],
         vanilla=base in _VANILLA,

@@ -38,6 +38,11 @@ def choose(option: str, name: str, table: Mapping[str, Choice]) -> Choice:
     return found
 
 
+def at_least_fp32(value: Tensor) -> Tensor:
+    """The value in fp32, or as it is if it is wider."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
 def channels_last(x: Tensor) -> Tensor:
     """View (b, c, h, w) as (b, h, w, c)."""
     return x.permute(0, 2, 3, 1)
@@ -106,13 +111,16 @@ _IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
     nn.SiLU: torch.ops.aten.silu_.default,
 }
 
+_SOURCES = (nn.Linear, Linear2d, nn.Conv2d)  # what they return is theirs no more
+
 
 def activate(act: nn.Module, x: Tensor, source: nn.Module) -> Tensor:
     """Apply an activation to what `source` has just returned and nothing but this reads.
 
-    In place, which saves a map of memory, unless somebody may see it: autograd, a hook, a compiler.
+    In place, which saves a map of memory, unless somebody may see it: autograd, a hook, a compiler, or a source that is
+    none of the layers here, which may return what it keeps.
     """
-    run = _IN_PLACE.get(type(act))
+    run = _IN_PLACE.get(type(act)) if type(source) in _SOURCES else None
     hooked = (
         _global_forward_hooks
         or _global_forward_pre_hooks
@@ -284,13 +292,7 @@ def patch_embed_v1(in_chans: int, dim: int, patch_size: int, norm: Layer, channe
 
 
 def patch_embed_v2(in_chans: int, dim: int, patch_size: int, norm: Layer, channel_first: bool) -> nn.Sequential:
-    """Two overlapping convolutions of half the patch each, with norms, and GELU between them.
-
-    Raises:
-        ValueError: a patch of one pixel has no half.
-    """
-    if patch_size < 2:
-        raise ValueError(f"`patch_size` must be at least 2 with patchembed_version='v2', got {patch_size}: use 'v1'")
+    """Two overlapping convolutions of half the patch each, with norms, and GELU between them; 2 or more of each."""
     conv = partial(nn.Conv2d, kernel_size=patch_size // 2 + 1, stride=patch_size // 2, padding=1)
     return nn.Sequential(
         conv(in_chans, dim // 2),

@@ -9,15 +9,15 @@ python vmamba/main.py --cfg vmambav2_tiny_224 --throughput --batch-size 64
 code: an unknown flag is an error. Evaluation never trains: --pretrained means it, with or without --eval; training
 starts from weights by --finetune. A CPU computes in full precision. The learning rate changes by epochs, not by steps,
 and the warm-up takes its first epochs instead of coming before them. A run is kept in OUTPUT/NAME/TAG, as config.json
-(yaml text), log.txt, checkpoint.pth and best_checkpoint.pth.
+(yaml text), log.txt, checkpoint.pth and best_checkpoint.pth; nothing is written before training can begin.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -33,7 +33,8 @@ try:
     import torch
 
     from vmamba.config import Config, ConfigError, as_yaml, changed, find, load, override
-    from vmamba.models import register
+    from vmamba.forward_types import nearest
+    from vmamba.models import register, value_of
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -106,8 +107,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args, rest = parser.parse_known_args(words)
     if rest:
-        flags = sorted(flag for action in parser._actions for flag in action.option_strings)
-        near = difflib.get_close_matches(rest[0].partition("=")[0], flags, n=1, cutoff=0.0)[0]
+        near = nearest(rest[0].partition("=")[0], (flag for own in parser._actions for flag in own.option_strings))
         parser.error(f"there is no flag {rest[0]}; the nearest is {near}")
     return args
 
@@ -165,6 +165,19 @@ TRAINING = {
     "--mixup-mode": "AUG.MIXUP_MODE",
     "--log-interval": "PRINT_FREQ",
 }
+# The same for flags whose values are not a setting's own.
+FURTHER = {
+    "--input-size": "DATA.IMG_SIZE",
+    "--num_workers": "DATA.NUM_WORKERS",
+    "--seed": "SEED",
+    "--warmup-lr": "TRAIN.WARMUP_LR",
+    "--min-lr": "TRAIN.MIN_LR",
+    "--clip-grad": "TRAIN.CLIP_GRAD",
+    "--opt-betas": "TRAIN.OPTIMIZER.BETAS",
+    "--cutmix-minmax": "AUG.CUTMIX_MINMAX",
+    "--model-ema-decay": "--model_ema_decay",
+    "--output_dir": "--output",
+}
 WITHOUT_EFFECT = {
     "DATA.CACHE_MODE": "each picture is read when it is needed",
     "DATA.MASK_PATCH_SIZE": "no picture is masked",
@@ -181,14 +194,6 @@ WITHOUT_EFFECT = {
     "SAVE_FREQ": "every epoch is saved in the place of the last one",
     "FUSED_LAYERNORM": "the norms are as fast without it",
 }
-
-
-def value_of(config: Any, key: str) -> Any:
-    """The value of a setting by its whole name."""
-    value = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def evaluates(config: Config) -> bool:
@@ -307,8 +312,16 @@ def _folder(config: Config) -> Path:
 
 
 def with_a_folder(config: Config, goes_on: bool = False) -> Config:
-    """Name the run after the time, in `output`, where nothing else is said; if it `goes_on`, as the newest one."""
+    """Name the run after the time, in `output`, where nothing else is said; if it `goes_on`, as the newest one.
+
+    Raises:
+        ConfigError: its folder would not be below OUTPUT.
+    """
     config = override(config, [] if config.OUTPUT else ["OUTPUT", "output"])
+    for key in ("MODEL.NAME", "TAG"):
+        name = value_of(config, key)
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise ConfigError(f"{key} must be the name of a folder below OUTPUT, got {name!r}")
     if config.TAG:
         return config
     newest = _newest_run(Path(config.OUTPUT) / config.MODEL.NAME) if goes_on else None
@@ -330,16 +343,21 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if config.THROUGHPUT_MODE:
             return _time(config, args, model)
         refuse(config, args)
-        if not evaluates(config):
-            _keep(config)
     except ConfigError as error:
         print(f"error: {error}.", file=sys.stderr)
         return 2
     if _is_first():
         for sentence in notes(config, args):
             print(f"note: {sentence}")
-    code: int = importlib.import_module("main").run(words_for(config, args, model))
+    words = words_for(config, args, model)
+    code: int = importlib.import_module("main").run(words, lambda: _keep(config), in_settings)
     return code
+
+
+def in_settings(sentence: str) -> str:
+    """A sentence of vim/main.py with the settings in the place of its flags."""
+    known = TRAINING | FURTHER
+    return re.sub(r"(?<!\S)--[\w-]+", lambda flag: known.get(flag[0], flag[0]), sentence)
 
 
 def _called(config: Config, file: Path) -> str:
@@ -348,7 +366,8 @@ def _called(config: Config, file: Path) -> str:
 
 
 def _time(config: Config, args: argparse.Namespace, model: str) -> int:
-    """Print what the network costs, with random weights, which cost as much as any."""
+    """Print what the network costs, with random weights on grey pictures, which cost as much as any."""
+    print("note: --throughput measures random weights on grey pictures; no checkpoint and no picture is read")
     device = args.device or ("cuda" if _on_gpu(args) else "cpu")
     words = ["--model", model, "--batch-size", config.DATA.BATCH_SIZE, "--num_classes", config.MODEL.NUM_CLASSES]
     words += ["--img-size", *_sides(config), "--device", device, "--repeat", TIMED_RUNS]
@@ -357,15 +376,15 @@ def _time(config: Config, args: argparse.Namespace, model: str) -> int:
 
 
 def _keep(config: Config) -> None:
-    """Write the configuration into the folder of the run."""
+    """Write the configuration into the folder of a run that begins; vim/main.py says what is wrong if it cannot."""
     if not _is_first():
         return
-    folder = _folder(config)
+    checkpoint, path = importlib.import_module("checkpoint"), _folder(config) / KEPT
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / KEPT).write_text(as_yaml(config), encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{folder / KEPT} cannot be written: {error.strerror or error}") from error
+        raise checkpoint.CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
+    checkpoint.write_whole(path, lambda file: file.write_text(as_yaml(config), encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from typing import Any, get_type_hints
 
+import torch
 from timm.models import is_model, register_model
 from torch import nn
 
-from vmamba.config import Config, ConfigError, checked
+from vmamba.config import Config, ConfigError, checked, from_mapping, replaced
 from vmamba.factories import VARIANTS
 from vmamba.vssm import VSSM
 
@@ -56,10 +58,11 @@ def build_vssm_model(config: Any) -> VSSM:
     """Build the network that a configuration describes, with random weights.
 
     Args:
-        config: a `Config`, a mapping of its shape, or anything with such attributes, as a `CfgNode` of yacs; what is
-            missing has its default.
+        config: a `Config`, a mapping of its shape, as a `CfgNode` of yacs is one, or anything with such attributes;
+            what is missing has its default. A BASE, which names files, is not followed.
     Raises:
-        ConfigError: a value of another kind than it should be, or one for which there is no network.
+        ConfigError: an unknown setting, a value of another kind than it should be, or one for which there is no
+            network.
     """
     return _built(vssm_arguments(config))
 
@@ -71,21 +74,42 @@ def vssm_arguments(config: Any) -> dict[str, Any]:
     """Return the arguments of `VSSM` in a configuration; see `build_vssm_model`.
 
     Raises:
-        ConfigError: a value of another kind than it should be, or another MODEL.TYPE than vssm.
+        ConfigError: an unknown setting, a value of another kind than it should be, or another MODEL.TYPE than vssm.
     """
-    kind = _found(config, "MODEL.TYPE")
-    if kind != "vssm":
-        raise ConfigError(f"MODEL.TYPE must be 'vssm', the only one there is, got {kind!r}")
-    return {argument: checked(key, _found(config, key), _kind(key)) for argument, key in ARGUMENTS.items()}
+    whole = config if isinstance(config, Config) else from_mapping(_sections(config))
+    if whole.MODEL.TYPE != "vssm":
+        raise ConfigError(f"MODEL.TYPE must be 'vssm', the only one there is, got {whole.MODEL.TYPE!r}")
+    return {argument: checked(key, value_of(whole, key), _kind(key)) for argument, key in ARGUMENTS.items()}
 
 
-def _found(config: Any, key: str) -> Any:
-    """The value of a setting in `config`, else its default."""
-    node, default = config, Config()
+def value_of(config: Config, key: str) -> Any:
+    """The value of a setting by its whole name."""
+    value: Any = config
     for part in key.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else getattr(node, part, None)
-        default = getattr(default, part)
-    return default if node is None else node
+        value = getattr(value, part)
+    return value
+
+
+def _sections(config: Any) -> dict[str, Any]:
+    """A configuration of another kind as a mapping of settings and sections, without the files that it was made of."""
+    if not isinstance(config, Mapping) and not hasattr(config, "MODEL"):
+        raise ConfigError(f"a configuration must hold settings by name, got a {type(config).__name__}")
+    return {key: value for key, value in _section(config, Config()).items() if key != "BASE"}
+
+
+def _section(node: Any, default: Any) -> Any:
+    """What stands where `default` is a section, as a mapping; what is none, and every other value, as it is."""
+    if not is_dataclass(default):
+        return node
+    found = node if isinstance(node, Mapping) else _attributes(node)
+    return {key: _section(value, getattr(default, str(key), None)) for key, value in found.items()} if found else node
+
+
+def _attributes(node: Any) -> dict[str, Any]:
+    """The attributes of an object and of its classes that hold values."""
+    places = [place for place in (*reversed(type(node).__mro__), node) if hasattr(place, "__dict__")]
+    found = {name: value for place in places for name, value in vars(place).items() if not name.startswith("_")}
+    return {name: value for name, value in found.items() if not callable(value) and not hasattr(value, "__get__")}
 
 
 def _kind(key: str) -> Any:
@@ -100,13 +124,14 @@ def _built(arguments: Mapping[str, Any]) -> VSSM:
         return VSSM(**arguments)
     except ValueError as error:
         raise ConfigError(_in_settings(str(error))) from error
+    except (RuntimeError, ArithmeticError, MemoryError) as error:  # sizes, each of which may be, that are too large
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(f"the network that MODEL.VSSM describes cannot be made: {reason}") from error
 
 
 def _in_settings(sentence: str) -> str:
-    """A sentence about arguments of VSSM in the names of the settings."""
-    for argument, key in ARGUMENTS.items():
-        sentence = re.sub(rf"`?\b{argument}\b`?", key, sentence)
-    return sentence
+    """A sentence about arguments of VSSM, which it names in backticks, in the names of the settings."""
+    return re.sub(r"`(\w+)`", lambda name: ARGUMENTS.get(name[1], name[0]), sentence)
 
 
 def variant_of(config: Any) -> str | None:
@@ -150,13 +175,36 @@ def register(config: Config, name: str) -> str:
         digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
         own = f"{own}_{digest[:8]}"
     if own not in _REGISTERED:
-        _built(arguments | {"depths": (1,) * len(arguments["depths"])})  # a fault is told here, of the configuration
+        with torch.device("meta"):  # a fault is told here, of the configuration
+            _built(arguments | {"depths": (1,) * len(arguments["depths"])})
         _REGISTERED[own] = arguments
-        globals()[own] = register_model(_entry_point(own, arguments))
+        written_here = list(__all__)
+        register_model(_entry_point(own, arguments))
+        __all__[:] = written_here  # timm adds a name that no import finds
     return own
 
 
-_REGISTERED: dict[str, dict[str, Any]] = {}
+_REGISTERED: dict[str, dict[str, Any]] = {}  # what `register` made known, by name
+
+
+def settings_of(name: str) -> dict[str, Any] | None:
+    """Return the settings by their whole names of a network that `register` made known, for `register_settings`.
+
+    They are numbers, texts, and tuples of numbers. None for a published network, or one that is not known.
+    """
+    found = _REGISTERED.get(name)
+    return None if found is None else {ARGUMENTS[argument]: value for argument, value in found.items()}
+
+
+def register_settings(settings: Any, name: str) -> str:
+    """`register` the network of settings that `settings_of` gave, perhaps to another program.
+
+    Raises:
+        ConfigError: they are none, or there is no such network.
+    """
+    if not isinstance(settings, Mapping) or not set(settings) <= set(ARGUMENTS.values()):
+        raise ConfigError("the settings of a network must be given by their whole names")
+    return register(replaced(Config(), settings), name)
 
 
 def _entry_point(name: str, arguments: Mapping[str, Any]) -> Callable[..., nn.Module]:
@@ -171,7 +219,7 @@ def _entry_point(name: str, arguments: Mapping[str, Any]) -> Callable[..., nn.Mo
         del pretrained_cfg, pretrained_cfg_overlay, cache_dir  # timm's, about published weights
         if pretrained:
             raise ValueError(f"there are no published weights for {name}: create it with pretrained=False")
-        model = _built({**arguments, **options})
+        model: Any = VSSM(**{**arguments, **options})
         model.pretrained_cfg = model.default_cfg = {**model.default_cfg, "architecture": name}
         return model
 

@@ -17,8 +17,19 @@ from mamba_ssm.ops.mamba_inner import decay_rates
 from mamba_ssm.ops.selective_scan_2d import selective_scan_2d
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from vmamba.cross_scan import PATTERNS, cross_merge_fn, cross_scan_fn
+from vmamba.csms6s import project
 from vmamba.forward_types import parse_forward_type
-from vmamba.layers import Layer, Permute, SoftmaxSpatial, activate, channels_first, channels_last, choose, linear_layer
+from vmamba.layers import (
+    Layer,
+    Permute,
+    SoftmaxSpatial,
+    activate,
+    at_least_fp32,
+    channels_first,
+    channels_last,
+    choose,
+    linear_layer,
+)
 
 DIRECTIONS = 4
 
@@ -109,10 +120,6 @@ def _undecayed(value: Tensor) -> nn.Parameter:
     return parameter
 
 
-def _at_least_fp32(value: Tensor) -> Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
 @torch.no_grad()
 def _keep_values(mixer: SS2D) -> None:
     """As `mamba_init` made them."""
@@ -132,7 +139,7 @@ def _small_values(mixer: SS2D) -> None:
         steps.uniform_(0, 0.1)
 
 
-_INITIALIZERS = {"v0": _keep_values, "v1": _random_values, "v2": _small_values}
+INITIALIZERS = {"v0": _keep_values, "v1": _random_values, "v2": _small_values}
 
 
 def _depthwise(channels: int, size: int, bias: bool) -> nn.Conv2d:
@@ -168,8 +175,10 @@ class SS2D(nn.Module):
         dropout: probability, on the output.
         bias: whether the outer projections have a bias.
         dt_min, dt_max, dt_init, dt_scale, dt_init_floor: see `mamba_init.dt_init`.
-        initialize: "v0" (as Mamba), "v1" (random) or "v2" (zeros) for the scan's parameters.
-        forward_type: see `forward_types`.
+        initialize: first values of the scan's parameters: "v0" (as Mamba's), "v1" (A_logs and steps random) or "v2"
+            (A_logs 0, steps small and not negative).
+        forward_type: see `forward_types`; "v0" and "v0seq" take nothing but their own act_layer, d_conv, conv_bias and
+            initialize.
         channel_first: maps are (b, m, h, w).
     Raises:
         ValueError: an option has an impossible value.
@@ -221,7 +230,7 @@ class SS2D(nn.Module):
         sizes = (d_state, self.dt_rank, self.d_inner)
         made = mamba_init.init_dt_A_D(*sizes, dt_scale, dt_init, dt_min, dt_max, dt_init_floor)
         self.A_logs, self.Ds, self.dt_projs_weight, self.dt_projs_bias = made
-        choose("initialize", initialize, _INITIALIZERS)(self)
+        choose("initialize", initialize, INITIALIZERS)(self)
         linear = linear_layer(channel_first)
         self.out_norm = _out_norm(self.variant.out_norm, self.d_inner)
         self.in_proj = linear(d_model, self.d_inner * (2 if self.variant.gate else 1), bias=bias)
@@ -279,14 +288,12 @@ class SS2D(nn.Module):
 
     def _project(self, u: Tensor) -> Tensor:
         """(dt, B, C) of every pixel of (b, h, w, d) and direction: (b, h, w, 4, r + 2 n)."""
-        bias = getattr(self, "x_proj_bias", None)
-        projected = F.linear(u, self.x_proj_weight.flatten(0, 1), None if bias is None else bias.flatten())
-        return projected.unflatten(-1, self.x_proj_weight.shape[:2])
+        return project(u, self.x_proj_weight, getattr(self, "x_proj_bias", None))
 
     def _rates(self) -> tuple[Tensor, Tensor, Tensor]:
         """A (4, d, n), D (4, d) and the bias of the steps (4, d), in at least fp32."""
         A = decay_rates(self.A_logs).unflatten(0, (DIRECTIONS, -1))
-        return A, _at_least_fp32(self.Ds).unflatten(0, (DIRECTIONS, -1)), _at_least_fp32(self.dt_projs_bias)
+        return A, at_least_fp32(self.Ds).unflatten(0, (DIRECTIONS, -1)), at_least_fp32(self.dt_projs_bias)
 
     def _scan(self, u: Tensor) -> Tensor:
         """The four scans of (b, h, w, d), and their sum in the picture's order; at least fp32."""
@@ -325,8 +332,8 @@ class SS2D(nn.Module):
         steps, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta = torch.einsum("blkr,kdr->blkd", steps, self.dt_projs_weight[directions])
         A, D, dt_bias = (value[directions].flatten(0, 1) for value in self._rates())
-        u, delta = (_at_least_fp32(value).flatten(2).transpose(1, 2) for value in (sequences, delta))
-        B, C = (_at_least_fp32(value).permute(0, 2, 3, 1) for value in (B, C))
+        u, delta = (at_least_fp32(value).flatten(2).transpose(1, 2) for value in (sequences, delta))
+        B, C = (at_least_fp32(value).permute(0, 2, 3, 1) for value in (B, C))
         y: Any = selective_scan_fn(u, delta, A, B, C, D, delta_bias=dt_bias, delta_softplus=True)
         return y.unflatten(1, (2, -1)).sum(1).transpose(1, 2).unflatten(0, x.shape[:2])
 
@@ -337,8 +344,8 @@ class SS2D(nn.Module):
         """Keep in `__data__` what the four scans of (b, h, w, d) take and give; see the class."""
         pattern = list(PATTERNS.values()).index(self.variant.directions)
         height, width = u.shape[1:3]
-        xs = cross_scan_fn(_at_least_fp32(u), in_channel_first=False, scans=pattern)
-        rows = cross_scan_fn(_at_least_fp32(projected), in_channel_first=False, one_by_one=True, scans=pattern)
+        xs = cross_scan_fn(at_least_fp32(u), in_channel_first=False, scans=pattern)
+        rows = cross_scan_fn(at_least_fp32(projected), in_channel_first=False, one_by_one=True, scans=pattern)
         steps, B, C = rows.split([self.dt_rank, self.d_state, self.d_state], dim=2)
         dts = torch.einsum("bkrl,kdr->bkdl", steps, self.dt_projs_weight.to(steps.dtype))
         A, D, bias = (value.flatten(0, 1) for value in self._rates())

@@ -11,6 +11,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from vmamba.layers import channels_first, channels_last
+from vmamba.options import is_whole
 
 
 def init_linear(module: nn.Module) -> None:
@@ -88,10 +89,13 @@ class TimmMethods:
             (final, maps): what `forward_features` returns and the list; where `stop_early` stopped, the last map is the
             final one, without the norm.
         Raises:
-            ValueError: an unknown format or an index out of range.
+            ValueError: an unknown format, an index out of range, or the norm of a network that has none.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"`output_fmt` must be NCHW or NHWC, got {output_fmt!r}")
+        classifier = getattr(self, "classifier", None)  # a backbone has none
+        if norm and classifier is None:
+            raise ValueError("`norm` must be False for a Backbone_VSSM, whose norms are those of its `forward`")
         taken = take_indices(len(self.layers), indices)
         count = max(taken, default=0) + 1 if stop_early else len(self.layers)
         x = final = self._embed(x)
@@ -99,7 +103,7 @@ class TimmMethods:
         for stage, layer in enumerate(self.layers[:count]):
             x = layer.blocks(x)
             last = stage == self.num_layers - 1
-            final = self.classifier.norm(x) if last and (norm or not intermediates_only) else x
+            final = classifier.norm(x) if last and classifier is not None and (norm or not intermediates_only) else x
             if stage in taken:
                 kept[stage] = self._formatted(final if norm else x, output_fmt)
             if stage < count - 1:
@@ -134,8 +138,10 @@ class TimmMethods:
         """Replace the head by a new one for `num_classes` classes, 0 for none.
 
         Raises:
-            ValueError: `global_pool` names another pooling than "avg", the only one there is.
+            ValueError: `global_pool` names another pooling than "avg", the only one there is; no number of classes.
         """
+        if not is_whole(num_classes, 0):
+            raise ValueError(f"`num_classes` must be a whole number from 0 on, got {num_classes!r}")
         if global_pool not in (None, "avg"):
             raise ValueError(f"`global_pool` must be 'avg', got {global_pool!r}")
         self.num_classes = num_classes

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from vmamba.forward_types import nearest
+from vmamba.forward_types import refuse_unknown
 from vmamba.layers import (
     ACTIVATIONS,
     DOWNSAMPLES,
@@ -29,10 +29,12 @@ from vmamba.layers import (
     Mlp,
     PatchMerging2D,
     Permute,
+    at_least_fp32,
     channels_last,
     choose,
     gMlp,
 )
+from vmamba.options import check_options
 from vmamba.ss2d import SS2D
 from vmamba.timm_methods import TimmMethods, data_config, feature_info, init_linear
 
@@ -133,8 +135,9 @@ class VSSM(TimmMethods, nn.Module):
     Args:
         patch_size, in_chans, num_classes: pixels, channels of the pictures, classes of the head (0 for none).
         depths, dims: blocks and channels of each stage; one number for `dims` doubles from stage to stage.
-        ssm_d_state, ssm_ratio, ssm_dt_rank, ssm_conv, ssm_conv_bias, ssm_drop_rate, ssm_init, forward_type: of SS2D.
-        mlp_ratio, mlp_drop_rate, gmlp: of the perceptrons; 0 for none.
+        ssm_d_state, ssm_ratio, ssm_dt_rank, ssm_conv, ssm_conv_bias, ssm_drop_rate, ssm_init, forward_type: of SS2D;
+            `ssm_ratio` 0 for none.
+        mlp_ratio, mlp_drop_rate, gmlp: of the perceptrons; `mlp_ratio` 0 for none.
         ssm_act_layer, mlp_act_layer: "silu", "gelu", "relu" or "sigmoid".
         drop_path_rate: stochastic depth, growing linearly over the blocks from 0.
         patch_norm: whether the patch embedding has norms.
@@ -149,7 +152,7 @@ class VSSM(TimmMethods, nn.Module):
         kwargs: `ssm_rank_ratio` of old configurations is accepted, without effect.
     Raises:
         TypeError: an unknown option; names the nearest one.
-        ValueError: an option has an impossible value.
+        ValueError: an option has an impossible value; see `options`.
     """
 
     def __init__(
@@ -186,15 +189,12 @@ class VSSM(TimmMethods, nn.Module):
         drop_rate: float = 0.0,
         **kwargs: Any,
     ) -> None:
+        options = dict(locals())
         super().__init__()
-        _refuse_unknown(kwargs)
+        refuse_unknown("VSSM", (name for name in kwargs if name not in _IGNORED), _option_names())
+        self.dims = check_options(options)
         self.norm_layer = choose("norm_layer", norm_layer, NORMS)
         self.channel_first = self.norm_layer is not nn.LayerNorm
-        self.dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
-        if not depths or len(self.dims) != len(depths) or min(*depths, *self.dims) < 1:
-            raise ValueError(f"`depths` and `dims` must be positive and one for each stage, got {depths} and {dims}")
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"`drop_path_rate` must be a probability below 1, got {drop_path_rate}")
         self.num_classes, self.num_layers, self.drop_rate = num_classes, len(depths), drop_rate
         self.num_features = self.head_hidden_size = self.dims[-1]
         self.patch_size, self.in_chans = patch_size, in_chans
@@ -263,6 +263,8 @@ class VSSM(TimmMethods, nn.Module):
         """Turn pictures (b, in_chans, h, w) into the first map, in this network's layout."""
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"the pictures must have shape (b, {self.in_chans}, h, w), got {tuple(x.shape)}")
+        if x.shape[0] == 0:
+            raise ValueError("there must be at least one picture, got a batch of none")
         height, width = x.shape[2:]
         if min(height, width) < self.least_size:
             raise ValueError(
@@ -299,11 +301,8 @@ class VSSM(TimmMethods, nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _refuse_unknown(options: dict[str, Any]) -> None:
-    for name in options:
-        if name not in _IGNORED:
-            valid = [key for key in inspect.signature(VSSM.__init__).parameters if key not in ("self", "kwargs")]
-            raise TypeError(f"VSSM has no option {name!r}; the nearest is {nearest(name, valid)!r}")
+def _option_names() -> list[str]:
+    return [name for name in inspect.signature(VSSM).parameters if name != "kwargs"]
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: Sequence[int]) -> Tensor:
@@ -314,26 +313,27 @@ def resize_pos_embed(pos_embed: Tensor, grid: Sequence[int]) -> Tensor:
     Raises:
         ValueError: it is no such embedding.
     """
-    if pos_embed.ndim != 4:
-        raise ValueError(f"`pos_embed` must have shape (1, c, rows, columns), got {tuple(pos_embed.shape)}")
+    if pos_embed.ndim != 4 or pos_embed.shape[0] != 1 or 0 in pos_embed.shape:
+        raise ValueError(
+            f"`pos_embed` must have shape (1, c, rows, columns) without empty axes, got {tuple(pos_embed.shape)}"
+        )
     if pos_embed.shape[2:] == torch.Size(grid):
         return pos_embed
-    wide = pos_embed.to(torch.promote_types(pos_embed.dtype, torch.float32))
-    return F.interpolate(wide, size=tuple(grid), mode="bicubic", align_corners=False).to(pos_embed.dtype)
+    return F.interpolate(at_least_fp32(pos_embed), size=tuple(grid), mode="bicubic", align_corners=False).to(
+        pos_embed.dtype
+    )
 
 
-def _side_after(side: int, part: nn.Module) -> int:
-    """The pixels that a side of so many pixels has after one part of the network; 0 if the part cannot take it."""
+def _side_before(side: int, part: nn.Module) -> int:
+    """The least pixels of a side that one part of the network makes so many pixels of."""
     if isinstance(part, PatchMerging2D):
-        return (side + 1) // 2
-    for conv in part.modules():
-        if isinstance(conv, nn.Conv2d):
-            side = max((side + 2 * int(conv.padding[0]) - conv.kernel_size[0]) // conv.stride[0] + 1, 0)
+        return 2 * side - 1
+    for conv in reversed([module for module in part.modules() if isinstance(module, nn.Conv2d)]):
+        side = max((side - 1) * conv.stride[0] + conv.kernel_size[0] - 2 * int(conv.padding[0]), 1)
     return side
 
 
 def _least_size(model: VSSM) -> int:
     """The least side of a picture: a patch, or what leaves every stage a pixel."""
     parts = [model.patch_embed, *(layer.downsample for layer in model.layers)]
-    sides = itertools.count(model.patch_size)
-    return next(side for side in sides if functools.reduce(_side_after, parts, side) > 0)
+    return max(functools.reduce(_side_before, reversed(parts), 1), model.patch_size)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import pickle
+import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from vmamba.factories import VARIANTS
-from vmamba.unpickling import read_without_running
+from vmamba.unpickling import in_words, read_torch_file
 from vmamba.vssm import resize_pos_embed
 
 __all__ = [
@@ -118,7 +118,7 @@ def _in_our_words(name: str, value: Tensor, merging: set[str]) -> tuple[str, Ten
         name = prefix + _SINCE_ARCHIVE[word] + name[old.end() :]
     projection = _PROJECTION.fullmatch(name)
     if projection:
-        if value.ndim != 2 or value.shape[0] % _DIRECTIONS:
+        if value.ndim != 2 or not value.shape[0] or value.shape[0] % _DIRECTIONS:
             raise ValueError(
                 f"{name} must be a matrix whose rows are those of {_DIRECTIONS} directions, got {tuple(value.shape)}"
             )
@@ -170,8 +170,8 @@ def read_weights(source: str | Path | Mapping[str, Any], key: str = "model") -> 
     """
     if isinstance(source, Mapping):
         return rename(_weights_of(source, key, "the given mapping"))
-    path = _downloaded(source) if isinstance(source, str) and "://" in source else Path(source).expanduser()
-    if not path.is_file():
+    path = _downloaded(source) if isinstance(source, str) and "://" in source else Path(os.path.expanduser(source))
+    if not os.path.isfile(path):  # unlike that of Path, without an error for a name that none can have
         raise ValueError(f"there is no checkpoint file {source}")
     payload = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_torch(path)
     return rename(_weights_of(payload, key, str(source)))
@@ -179,11 +179,9 @@ def read_weights(source: str | Path | Mapping[str, Any], key: str = "model") -> 
 
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_torch_file(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError):
-        return read_without_running(path)  # it holds more than weights, or is damaged, which this one says in words
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -201,7 +199,7 @@ def _read_safetensors(path: Path) -> Any:
 def _weights_of(payload: Any, key: str, source: str) -> dict[str, Tensor]:
     """Return the entry `key` of a checkpoint, after making sure that it is weights by name."""
     if not isinstance(payload, Mapping):
-        raise ValueError(f"{source} holds a {type(payload).__name__}, not the weights of a model by name")
+        raise ValueError(f"{source} holds {in_words(payload)}, not the weights of a model by name")
     candidates = [key, *(entry for entry in _WEIGHT_ENTRIES if key == "model" and entry != key)]
     found = next((payload[entry] for entry in candidates if isinstance(payload.get(entry), Mapping)), None)
     if found is None and key == "model" and all(isinstance(value, Tensor) for value in payload.values()):
@@ -211,7 +209,7 @@ def _weights_of(payload: Any, key: str, source: str) -> dict[str, Tensor]:
         raise ValueError(f"{source} holds no weights under {key!r}; its entries are {listed}")
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{source} holds a {type(value).__name__} under {name!r}, not a tensor under its name")
+            raise ValueError(f"{source} holds {in_words(value)} under {name!r}, not a tensor under its name")
         if value.is_meta or value.is_quantized or value.layout != torch.strided or value.is_complex():
             raise ValueError(f"{source} holds under {name!r} a tensor that is no array of real numbers")
     return dict(found)
@@ -288,14 +286,18 @@ def _whose(state: Mapping[str, Tensor]) -> str:
     return "another VMamba's" if kind == "VMamba" else f"a {kind}'s" if kind else "another model's"
 
 
+def blocks_of_stages(names: Iterable[str]) -> list[int]:
+    """Return how many blocks each stage has, by the names of renamed weights."""
+    blocks = {match.groups() for match in map(_BLOCK.match, names) if match}
+    return [count for _, count in sorted(Counter(int(stage) for stage, _ in blocks).items())]
+
+
 def fitting_variant(state: Mapping[str, Tensor]) -> str | None:
     """Return the published variant that renamed weights are of, by their sizes; None if there is none."""
     norm, rates = state.get("layers.0.blocks.0.norm.weight"), state.get("layers.0.blocks.0.op.A_logs")
-    if norm is None or rates is None or norm.ndim != 1 or rates.ndim != 2:
+    if norm is None or rates is None or norm.ndim != 1 or rates.ndim != 2 or 0 in norm.shape:
         return None
-    blocks = {match.groups() for match in map(_BLOCK.match, state) if match}
-    depths = tuple(count for _, count in sorted(Counter(stage for stage, _ in blocks).items()))
-    width = norm.shape[0]
+    depths, width = tuple(blocks_of_stages(state)), norm.shape[0]
     found = (depths, width, rates.shape[0] / (_DIRECTIONS * width), rates.shape[1])
     sizes = ("depths", "dims", "ssm_ratio", "ssm_d_state")
     return next((name for name, own in VARIANTS.items() if tuple(own[size] for size in sizes) == found), None)

@@ -183,6 +183,8 @@ def test_get_attnmap_mamba(mixer: SS2D) -> None:
     assert torch.equal(last, attnmap_mamba(other.__data__, "CB", "ao2")[0])
     maps = [attnmap_mamba(block.__data__, "CwBdtw", "all", absnorm=1)[0] for block in (mixer, other)]
     assert torch.equal(get_attnmap_mamba(stages, 1, "all_norm_CwBdtw"), rollout(maps))
+    own = [attention_map(read_registers(block.__data__), "CB", "all", 2) for block in stages[-1]]
+    assert torch.equal(get_attnmap_mamba(stages), rollout(own))
     assert utils.AttnMamba.get_attnmap_mamba is utils.get_attnmap_mamba
     assert utils.AttnMamba.attnmap_mamba is utils.attnmap_mamba
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from command_calls import THREE, WEIGHTS, Outcome, call_elsewhere, call_here
 from PIL import Image
@@ -164,6 +165,19 @@ def test_several_pictures_and_a_bad_one(call: Call, tmp_path: Path) -> None:
     assert outcome.errors == [line for line in outcome.errors if "'bad.png' is not a picture" in line]
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["three.png"]
     assert call(f"--image bad.png --checkpoint {WEIGHTS} --output map.png").code == 2
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers(call: Call, value: float) -> None:
+    model = timm.create_model("vim_pico_patch4_32", num_classes=10)
+    with torch.no_grad():
+        model.patch_embed.proj.weight.fill_(value)
+    torch.save({"model": model.state_dict(), "model_name": "vim_pico_patch4_32"}, "c.pth")
+    outcome = call(f"--image {THREE} --checkpoint c.pth --output map.png --ret all")
+    assert outcome.code == 2
+    assert len(outcome.errors) == 1
+    assert "the maps hold numbers that are not finite: the weights are damaged" in outcome.errors[0]
+    assert not Path("map.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,9 @@ def test_features_without_intermediates_come_in_three_layouts() -> None:
     square = torch.randn(2, 6, 6, 6)
     assert torch.equal(known(square, output_fmt="NHWC"), square.permute(0, 3, 1, 2))
     assert torch.equal(known(square, num_features=6), square)
+    whole = nn.Module()
+    whole.forward_features = lambda pictures: patches(pictures).flatten(2).transpose(1, 2)
+    assert torch.equal(last_map(whole, picture), expected)  # whose rows and columns are those of the picture
     with pytest.raises(ValueError, match="13 tokens are no grid"):
         known(both[:, :13])
     with pytest.raises(ValueError, match=r"features of shape \(2, 6\) are no map: they have been pooled"):

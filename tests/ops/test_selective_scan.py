@@ -257,6 +257,33 @@ def test_bad_shapes_are_named(change: dict, message: str) -> None:
         selective_scan_fn(**(good | change))
 
 
+def test_the_op_refuses_a_sequence_without_channels(backend: str) -> None:
+    u, A, B = torch.zeros(1, 0, 5), torch.zeros(0, 2), torch.zeros(1, 1, 2, 5)
+    with pytest.raises(ValueError, match=r"`u` must have .* a channel for each of 1 groups, got \(1, 0, 5\)"):
+        torch.ops.mamba_ssm.selective_scan(u, u, A, B, B, None, None, None, True, False, False)
+    with pytest.raises(ValueError, match="a channel for each of 0 groups"):
+        torch.ops.mamba_ssm.selective_scan(
+            torch.zeros(1, 2, 5), torch.zeros(1, 2, 5), torch.zeros(2, 2), B[:, :0], B[:, :0], None, None, None, True,
+            False, False,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", ["states", "dlast_state"])
+def test_a_backward_called_with_states_of_another_scan(backend: str, wrong: str) -> None:
+    u, A, B = torch.randn(2, 6, 40), -torch.rand(6, 3), torch.randn(2, 1, 3, 40)
+    inputs = (u, u, A, B, B, None, None)
+    out, last, states = torch.ops.mamba_ssm.selective_scan(*inputs, None, True, False, True)
+    given = {"states": states, "dlast_state": last}
+    given[wrong] = given[wrong][:1, :1]
+    with pytest.raises(ValueError, match=rf"`{wrong}` must have shape .*, got \(1, 1, "):
+        torch.ops.mamba_ssm.selective_scan_backward(
+            torch.ones_like(out), given["dlast_state"], given["states"], *inputs, None, True, False
+        )
+    out, states = torch.ops.mamba_ssm.bidirectional_scan(*inputs, *inputs, None, True, True)
+    with pytest.raises(ValueError, match="`states` must have shape"):
+        torch.ops.mamba_ssm.bidirectional_scan_backward(out, states[:, :, :1], *inputs, *inputs, None, True)
+
+
 @pytest.mark.parametrize("one_is", ["plain", "one group"])
 @pytest.mark.parametrize("grouped", ["B", "C"])
 def test_one_group_serves_all_groups_of_the_other(backend: str, grouped: str, one_is: str) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cases import SCAN_2D, Scan2dCase
+from mamba_ssm.ops import selective_scan_2d_native as native
 from mamba_ssm.ops.reference import ROUTES, scan_2d_reference, take_route, undo_route
 from mamba_ssm.ops.selective_scan import selective_scan_fn
 from mamba_ssm.ops.selective_scan_2d import selective_scan_2d, selective_scan_2d_ref
@@ -75,9 +76,15 @@ def test_gradcheck() -> None:
 
 def test_compiles_whole(backend: str) -> None:
     case = Scan2dCase(1, 5, 3, 8, 2, 1)
-    t = case.tensors(torch.float32)
+    t = {k: v.requires_grad_() for k, v in case.tensors(torch.float32).items()}
     compiled = torch.compile(lambda given: run(case, given) * 2, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(t), run(case, t) * 2)
+    found, expected = compiled(t), run(case, t) * 2
+    assert_close(found, expected)
+    slope, leaves = torch.randn_like(found), list(t.values())
+    for value, other in zip(
+        torch.autograd.grad(found, leaves, slope), torch.autograd.grad(expected, leaves, slope), strict=True
+    ):
+        assert_close(value, other)
 
 
 @pytest.mark.parametrize("directions", ROUTES)
@@ -137,6 +144,14 @@ def test_one_call_of_the_kernels() -> None:
         ("projected", lambda v: v[..., :-1], r"`projected` must have shape \(b, h, w, 4, r \+ 2 n\)"),
         ("dt_weight", lambda v: v[:, :, 0], r"`dt_weight` must have shape \(4, d, r\)"),
         ("dt_weight", lambda v: v[:3], r"`dt_weight` must have shape \(4, d, r\)"),
+        ("dt_weight", lambda v: v[:, :, :0], r"\(4, d, r\) with r from 1 on, got \(4, 19, 0\)"),
+        ("x", lambda v: v.to(torch.complex64), "`x` must be of real floating-point numbers, got torch.complex64"),
+        ("x", lambda v: v.int(), "`x` must be of real floating-point numbers, got torch.int32"),
+        ("projected", lambda v: v.long(), "`projected` must be of real floating-point numbers"),
+        ("dt_weight", lambda v: v.to(torch.complex64), "`dt_weight` must be of real floating-point numbers"),
+        ("A", lambda v: v.int(), "`A` must be of real floating-point numbers"),
+        ("D", lambda v: v > 0, "`D` must be of real floating-point numbers, got torch.bool"),
+        ("dt_bias", lambda v: v.int(), "`dt_bias` must be of real floating-point numbers"),
         ("A", lambda v: v.flatten(0, 1), r"`A` must be real and have shape \(4, d, n\)"),
         ("A", lambda v: v.to(torch.complex64), "`A` must be real"),
         ("D", lambda v: v.flatten(), r"`D` must have shape \(4, d\)"),
@@ -160,6 +175,36 @@ def test_a_backward_called_with_wrong_shapes_reads_nothing_else(wrong: str) -> N
     inputs[1] = given["projected"]
     with pytest.raises((RuntimeError, ValueError)):
         torch.ops.mamba_ssm.selective_scan_2d_backward(given["dout"], given["states"], *inputs)
+
+
+@pytest.mark.parametrize("empty", ["channels", "rank"])
+def test_the_op_called_without_channels_or_rank(backend: str, empty: str) -> None:
+    case = Scan2dCase(1, 3, 4, 0 if empty == "channels" else 8, 2, 2)
+    t = case.tensors(torch.float32)
+    if empty == "channels":
+        with pytest.raises(ValueError, match="a channel for each of 4 groups, got"):
+            torch.ops.mamba_ssm.selective_scan_2d(*op_arguments(case, t))
+        return
+    t["projected"], t["dt_weight"] = t["projected"][..., 2:], t["dt_weight"][..., :0]
+    *inputs, _ = op_arguments(case, t)
+    out, states = torch.ops.mamba_ssm.selective_scan_2d(*inputs, True)
+    found = torch.ops.mamba_ssm.selective_scan_2d_backward(torch.ones_like(out), states, *inputs)
+    wide = {k: v.double().requires_grad_() for k, v in t.items()}
+    expected = scan_2d_reference(*op_arguments(case, wide)[:-1])
+    expected.sum().backward()
+    assert_close(out, expected)
+    for value, name in zip(found, ORDER, strict=True):
+        assert_close(value, wide[name].grad)
+
+
+@needs_kernels
+def test_the_kernel_refuses_a_rank_of_none() -> None:
+    t = Scan2dCase(1, 3, 4, 8, 1, 2).tensors(torch.float32)
+    call = native._call(t["x"], t["projected"], t["dt_weight"][..., :0], *(t[name] for name in ORDER[3:]), "cross")
+    out = torch.full_like(t["x"], 7.0)
+    with pytest.raises(RuntimeError):
+        call.address(out).address(None).run(native.LIBRARY, "selective_scan_2d")
+    assert (out == 7).all()
 
 
 def test_unknown_directions() -> None:

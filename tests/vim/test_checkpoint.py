@@ -177,7 +177,7 @@ def test_another_format_is_one_sentence(tmp_path, name, content):
         ({}, "holds no weights: its entries are nothing"),
         ({"epoch": 3, "lr": 0.1}, "holds no weights: its entries are epoch, lr"),
         ({"model": {}}, "holds no weights"),
-        ({"model": {"head.weight": 3}}, "holds a int under 'head.weight', not a tensor"),
+        ({"model": {"head.weight": 3}}, "holds an int under 'head.weight', not a tensor"),
         ({"model": {"w": torch.zeros(1)}, "class_names": 3}, "class_names that are no list"),
     ],
 )
@@ -230,6 +230,8 @@ def test_a_damaged_state_of_a_run_is_one_sentence(tmp_path, weights, key, value)
         ("file:///etc/hostname", "only https:// addresses"),
         ("hf-hub:just-a-name", "no Hugging Face repository: write hf-hub:OWNER/NAME"),
         (".", "is a folder: name the checkpoint file"),
+        ("~nobody_of_this_name/c.pth", "there is no checkpoint file ~nobody_of_this_name/c.pth"),
+        ("a\0.pth", "there is no checkpoint file"),
         ("x" * 5000, r"there is no checkpoint file x{300} \.\.\.$"),
         ("x" * 5000 + ".pth", r"there is no checkpoint file x{300} \.\.\.$"),
     ],

@@ -85,6 +85,24 @@ def test_half_precision():
     assert {y.dtype for y in maps} == {torch.bfloat16}
 
 
+def test_a_backbone_has_no_classifier():
+    model = backbone()
+    for call in (
+        model.get_classifier,
+        lambda: model.reset_classifier(3),
+        lambda: model.forward_head(torch.zeros(1, 64, 2, 2)),
+        model.prune_intermediate_layers,
+    ):
+        with pytest.raises(ValueError, match="a Backbone_VSSM has no classifier: build a VSSM"):
+            call()
+    with pytest.raises(ValueError, match="`norm` must be False for a Backbone_VSSM"):
+        model.forward_intermediates(pictures(), norm=True)
+    with torch.no_grad():
+        final, maps = model.forward_intermediates(pictures(64, 96))
+        assert torch.equal(final, maps[-1])
+        assert torch.equal(model.forward_features(pictures(64, 96)), final)
+
+
 def test_unknown_options_are_refused():
     with pytest.raises(TypeError, match="no option 'out_index'; the nearest is"):
         Backbone_VSSM(out_index=3)

@@ -116,7 +116,7 @@ def test_the_scripts_as_processes(folder, line, expected):
         (f"{INFER} --model vanila_vmamba_tiny", "the nearest is 'vanilla_vmamba_tiny'"),
         (f"{EVAL} --model {TINY} --resume vim.pth", "belongs to a Vim, but this model is a VMamba"),
         (f"{EVAL} --model {TINY} --resume vmamba.pth --input-size 3", "its pictures must have at least 4 x 4 pixels"),
-        (f"{EVAL} --model {TINY} --resume det.pth", "has no head.weight, the classifier of vmamba_tiny_s2l5"),
+        (f"{EVAL} --model {TINY} --resume det.pth", "has no classifier.head.weight, the classifier of vmamba"),
     ],
 )
 def test_the_scripts_in_this_process(folder, line, expected, capsys, monkeypatch):

@@ -4,7 +4,6 @@ import argparse
 import collections
 import datetime
 import functools
-import io
 import os
 import pickle
 import re
@@ -16,6 +15,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from pickles import Call, stream, window
 from safetensors.torch import save_file
 
 from vmamba import weights
@@ -168,7 +168,7 @@ def test_names_that_meet_are_an_error():
         weights.rename({"classifier.head.bias": torch.zeros(2), "head.bias": torch.zeros(2)})
 
 
-@pytest.mark.parametrize("shape", [(5, 2), (8,), (4, 2, 2)])
+@pytest.mark.parametrize("shape", [(5, 2), (8,), (4, 2, 2), (0, 2)])
 def test_a_projection_that_cannot_be_cut_is_an_error(shape):
     with pytest.raises(ValueError, match=r"x_proj\.weight must be a matrix whose rows are those of 4 directions, got "):
         weights.rename({"layers.0.blocks.0.op.x_proj.weight": torch.zeros(shape)})
@@ -330,20 +330,25 @@ def test_a_flipped_bit_is_found(tmp_path, foreign):
     content[largest.header_offset + 200 + largest.file_size // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="is not a checkpoint that can be read"):
+        read_without_running(path)
+    with pytest.raises(ValueError, match=r"is damaged: the bytes of .* are not those that were written; download it"):
+        weights.load_into(small(), path)
+
+
+def test_a_flipped_bit_is_found_where_torch_reads_the_file(tmp_path):
+    path = tmp_path / "c.pth"
+    torch.save({"model": small().state_dict()}, path)
+    with zipfile.ZipFile(path) as file:
+        largest = max(file.infolist(), key=lambda entry: entry.file_size if "/data/" in entry.filename else 0)
+    content = bytearray(path.read_bytes())
+    content[largest.header_offset + 200 + largest.file_size // 2] ^= 1
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)  # else the test would not need a check of its own
+    with pytest.raises(ValueError, match=r"is damaged: the bytes of .* are not those that were written; download it"):
         weights.load_into(small(), path)
 
 
 # ---------------------------------------------------------------------------------------------------- hostile files
-
-
-class Call:
-    """Pickles as a call of `function`."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -382,34 +387,12 @@ def test_weights_must_be_tensors(tmp_path, foreign):
     torch.save({"model": foreign["config"]}, tmp_path / "b.pth")
     torch.save(foreign["config"], tmp_path / "c.pth")
     for name, message in (
-        ("a.pth", "holds a Inert under 'w', not a tensor"),
+        ("a.pth", "holds an object of an unknown class under 'w', not a tensor"),
         ("b.pth", "holds no weights under 'model'; its entries are model"),
-        ("c.pth", "holds a Inert, not the weights"),
+        ("c.pth", "holds an object of an unknown class, not the weights"),
     ):
         with pytest.raises(ValueError, match=message):
             weights.read_weights(tmp_path / name)
-
-
-def stream(*parts):
-    """A file of torch's older format with these pickles and bytes after its three first pickles."""
-    numbers = {"protocol_version": 1001, "little_endian": sys.byteorder == "little", "type_sizes": {}}
-    start = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, numbers)]
-    return b"".join([*start, *(part if isinstance(part, bytes) else pickle.dumps(part, 2) for part in parts)])
-
-
-def window(length, offset, size, stride):
-    """A pickle of {"w": a tensor of a storage of `length` floats}."""
-
-    class Storage: ...
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, value):
-            return ("storage", torch.FloatStorage, "0", "cpu", length, None) if isinstance(value, Storage) else None
-
-    file = io.BytesIO()
-    tensor = Call(torch._utils._rebuild_tensor_v2, Storage(), offset, size, stride, False, {})
-    Pickler(file, 2).dump({"w": tensor})
-    return file.getvalue()
 
 
 def test_the_older_format_by_hand(tmp_path):
@@ -454,7 +437,7 @@ def test_a_truncated_file_is_one_sentence(tmp_path, foreign, name, legacy, kept)
 @pytest.mark.parametrize("content", [b"<!DOCTYPE html>", b"PK\x05\x06" + bytes(18), pickle.dumps({"model": 3}, 2)])
 def test_another_format_is_one_sentence(tmp_path, content):
     (tmp_path / "c.pth").write_bytes(content)
-    with pytest.raises(ValueError, match="truncated, damaged or of another format"):
+    with pytest.raises(ValueError, match=r"it is truncated, damaged, of another format or .*; download it again"):
         weights.read_weights(tmp_path / "c.pth")
 
 
@@ -466,15 +449,16 @@ def test_a_file_that_may_not_be_read(tmp_path):
 
 
 def test_what_holds_no_weights(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no checkpoint file nowhere\.pth"):
-        weights.read_weights("nowhere.pth")
+    for name in ("nowhere.pth", "~nobody_of_this_name/c.pth", "x" * 300 + ".pth", "a\0.pth"):
+        with pytest.raises(ValueError, match=f"there is no checkpoint file {name}"):
+            weights.read_weights(name)
     with pytest.raises(ValueError, match="only https:// addresses are fetched, got http://example"):
         weights.read_weights("http://example.invalid/c.pth")
     for payload, message in (
         ({}, "the given mapping holds no weights under 'model'; its entries are nothing"),
         ({"epoch": 3}, "its entries are epoch"),
         ({"model": {}}, "holds no weights"),
-        ({"model": {"w": 3}}, "holds a int under 'w', not a tensor"),
+        ({"model": {"w": 3}}, "holds an int under 'w', not a tensor"),
         ({"model": {"w": torch.zeros(2, dtype=torch.complex64)}}, "under 'w' a tensor that is no array of real num"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -586,8 +570,13 @@ def test_a_position_embedding_of_another_grid(dtype):
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-6, torch.bfloat16: 0.05}[dtype]
     assert model.pos_embed.shape == (1, 16, 6, 10)
     assert (model.pos_embed - expected).abs().max() < tolerance
-    with pytest.raises(ValueError, match=r"`pos_embed` must have shape \(1, c, rows, columns\), got \(1, 16\)"):
+    with pytest.raises(
+        ValueError, match=r"`pos_embed` must have shape \(1, c, rows, columns\) without .*, got \(1, 16\)"
+    ):
         weights.load_into(model, {**state, "pos_embed": torch.zeros(1, 16)})
+    for shape in ((1, 16, 0, 8), (1, 16, 8, 0), (1, 0, 8, 8), (0, 16, 8, 8), (2, 16, 8, 8)):
+        with pytest.raises(ValueError, match=r"`pos_embed` must have shape \(1, c, rows, columns\) without empty axes"):
+            weights.load_into(model, {**state, "pos_embed": torch.zeros(shape)})
 
 
 # ---------------------------------------------------------------------------------------------------- published files

@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -343,7 +344,7 @@ class Node(dict):
 
 @pytest.mark.parametrize("make", [SimpleNamespace, dict, Node])
 def test_configurations_of_other_kinds(make):
-    whole = nested(OTHER | {"MODEL.TYPE": "vssm", "MODEL.OTHERS": 3}, make)
+    whole = nested(OTHER | {"MODEL.TYPE": "vssm", "TRAIN.EPOCHS": 3, "BASE": ["others.yaml"]}, make)
     assert models.vssm_arguments(whole) == models.vssm_arguments(config.from_mapping(nested(OTHER, dict)))
     part = nested({"MODEL.VSSM.EMBED_DIM": 8, "MODEL.VSSM.DEPTHS": [1, 1]}, make)
     model = models.build_model(part)
@@ -351,6 +352,37 @@ def test_configurations_of_other_kinds(make):
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
     with pytest.raises(config.ConfigError, match=r"MODEL.VSSM.EMBED_DIM must be"):
         models.build_vssm_model(nested({"MODEL.VSSM.EMBED_DIM": "wide"}, make))
+    with pytest.raises(config.ConfigError, match=r"MODEL.VSSM.EMBED_DIM must be .*, got None"):
+        models.build_vssm_model(nested({"MODEL.VSSM.EMBED_DIM": None}, make))
+    with pytest.raises(config.ConfigError, match=r"no setting MODEL.NUM_CLASS; the nearest is MODEL.NUM_CLASSES"):
+        models.build_vssm_model(nested({"MODEL.NUM_CLASS": 3}, make))
+    with pytest.raises(config.ConfigError, match=r"no setting MODEL.VSSM.embed_dim; the nearest is MODEL.VSSM.EMBED_D"):
+        models.build_vssm_model(nested({"MODEL.VSSM.embed_dim": 8}, make))
+
+
+def test_a_configuration_with_attributes_of_its_class():
+    class Sizes:
+        EMBED_DIM = 8
+        DEPTHS = (1, 1)
+
+    class Model:
+        VSSM = Sizes()
+
+        def describe(self): ...
+
+    whole = SimpleNamespace(MODEL=Model())
+    assert models.build_vssm_model(whole).dims == [8, 16]
+    whole.MODEL.VSSM.EMBED_DIM = 12  # an instance's own wins
+    assert models.build_vssm_model(whole).dims == [12, 24]
+    whole.MODEL.VSSM = np.int64(3)
+    with pytest.raises(config.ConfigError, match=r"MODEL.VSSM must hold settings by name, got .*3"):
+        models.build_vssm_model(whole)
+
+
+@pytest.mark.parametrize("what", [None, 3, "vmambav2_tiny_224", ["MODEL"], SimpleNamespace(model=3)])
+def test_what_is_no_configuration(what):
+    with pytest.raises(config.ConfigError, match="a configuration must hold settings by name, got a "):
+        models.build_vssm_model(what)
 
 
 def test_what_is_no_network_is_told_in_the_names_of_the_settings():
@@ -363,6 +395,14 @@ def test_what_is_no_network_is_told_in_the_names_of_the_settings():
         build("MODEL.VSSM.DOWNSAMPLE", "v9")
     with pytest.raises(config.ConfigError, match=r"MODEL.TYPE must be 'vssm'.*, got 'swin'"):
         build("MODEL.TYPE", "swin")
+    with pytest.raises(config.ConfigError, match=r"^MODEL.VSSM.SSM_CONV must be an odd whole number, .*, got 4$"):
+        build("MODEL.VSSM.SSM_CONV", "4")
+    with pytest.raises(config.ConfigError, match=r"MODEL.VSSM.PATCH_SIZE must .* with MODEL.VSSM.PATCHEMBED 'v2', got"):
+        build("MODEL.VSSM.PATCH_SIZE", "1", "MODEL.VSSM.PATCHEMBED", "v2")
+    with pytest.raises(config.ConfigError, match=r"^MODEL.VSSM.DEPTHS and MODEL.VSSM.EMBED_DIM must be positive"):
+        build("MODEL.VSSM.DEPTHS", "[]")
+    with torch.device("meta"), pytest.raises(config.ConfigError, match=r"that MODEL.VSSM describes cannot be made"):
+        build("MODEL.VSSM.EMBED_DIM", "200000000")
 
 
 @pytest.mark.parametrize("key", sorted(set(OTHER) - {"MODEL.VSSM.SSM_RANK_RATIO"}))
@@ -401,3 +441,66 @@ def test_registered_networks():
     with pytest.raises(config.ConfigError, match="the nearest is"):
         models.register(config.override(own, ["MODEL.VSSM.SSM_FORWARDTYPE", "v99"]), "faulty")
     assert not timm.is_model("faulty")
+
+
+@pytest.mark.parametrize("name", ["re", "VSSM", "build_model", "torch"])
+def test_a_network_takes_no_name_of_the_module(name):
+    """However its file is called: re.yaml."""
+    before, exported = dict(vars(models)), list(models.__all__)
+    called = models.register(config.override(config.Config(), SMALL), name)
+    assert timm.create_model(called, num_classes=3).num_classes == 3
+    assert vars(models) == before
+    assert models.__all__ == exported
+
+
+def test_a_network_travels_as_its_settings():
+    own = config.override(config.Config(), [*SMALL, "MODEL.VSSM.SSM_CONV", "5", "DATA.IMG_SIZE", "[32, 64]"])
+    settings = models.settings_of(models.register(own, "travelling"))
+    assert settings["MODEL.VSSM.SSM_CONV"] == 5
+    arguments = dict(models._REGISTERED["travelling"])
+    del models._REGISTERED["travelling"]  # another program, where somebody has the name
+    there = models.register_settings(settings, "travelling")
+    assert there.startswith("travelling_")
+    assert models._REGISTERED[there] == arguments
+    assert models.settings_of("vmamba_tiny_s2l5") is None
+    for faulty in (
+        None,
+        3,
+        [],
+        {"MODEL.VSSM.SSM_CONVV": 3},
+        {"MODEL.VSSM.SSM_CONV": 4},
+        {"MODEL.VSSM.SSM_CONV": "x"},
+        {"MODEL.VSSM.SSM_DT_RANK": torch.ones(2)},
+        {"TRAIN.EPOCHS": 3},
+        {3: 4},
+    ):
+        with pytest.raises(config.ConfigError):
+            models.register_settings(faulty, "travelling")
+
+
+@pytest.mark.parametrize("name", ["~nobody_of_this_name/x.yaml", "x" * 300, "x" * 300 + ".yaml", "a/" * 3000])
+def test_names_that_no_file_can_have(name):
+    with pytest.raises(config.ConfigError, match="there is no configuration"):
+        config.load(name)
+
+
+@pytest.mark.parametrize("text", ["2024-13-45", "[" * 5000, "9" * 5000])
+def test_values_that_yaml_chokes_on(text, tmp_path):
+    with pytest.raises(config.ConfigError, match=r"value of MODEL.NAME must be written as in yaml, got .{1,70}$"):
+        config.load("vmambav2_tiny_224", ["MODEL.NAME", text])
+    (tmp_path / "c.yaml").write_text(f"MODEL:\n  NAME: {text}\n")
+    with pytest.raises(config.ConfigError, match="is not a yaml file that can be read"):
+        config.load(tmp_path / "c.yaml")
+
+
+def test_a_value_of_values_of_values_is_shown_in_short(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]" for i in range(1, 30)]
+    (tmp_path / "c.yaml").write_text("\n".join(lines) + "\nSEED: *a29\n")
+    with pytest.raises(config.ConfigError, match="no setting a0"):
+        config.load(tmp_path / "c.yaml")
+    nested_lists = ["x"]
+    for _ in range(30):
+        nested_lists = [nested_lists] * 8
+    with pytest.raises(config.ConfigError, match=r"SEED must be a whole number, got \[.{1,60}$"):
+        config.from_mapping({"SEED": nested_lists})

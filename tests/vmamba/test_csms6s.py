@@ -281,5 +281,7 @@ def test_refusals_of_cross_selective_scan(change, sentence):
 
 
 def test_unknown_options_are_refused():
-    with pytest.raises(TypeError, match="no_such_option"):
-        csms6s.cross_selective_scan(**mixer(), no_such_option=1)
+    with pytest.raises(TypeError, match="cross_selective_scan has no option 'scan'; the nearest is 'scans'"):
+        csms6s.cross_selective_scan(**mixer(), scan=1)
+    with pytest.raises(TypeError, match="no option 'CrossScan'; the nearest is 'scans'"):
+        csms6s.cross_selective_scan(**mixer(), CrossScan=csms6s.SelectiveScanCore)

@@ -62,11 +62,11 @@ def test_the_vanilla_names(name):
     ],
 )
 def test_what_means_nothing_is_refused_at_construction(name, near):
-    with pytest.raises(ValueError, match="there is no forward_type") as caught:
+    with pytest.raises(ValueError, match="there is no `forward_type`") as caught:
         SS2D(8, forward_type=name)
     suggestion = str(caught.value).rsplit("the nearest is ", 1)[1].strip("'")
     parse_forward_type(suggestion)
     assert near in (None, suggestion)
     assert repr(name) in str(caught.value)
-    with pytest.raises(ValueError, match="there is no forward_type"):
+    with pytest.raises(ValueError, match="there is no `forward_type`"):
         VSSM(forward_type=name)

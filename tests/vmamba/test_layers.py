@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from tolerances import assert_close
 from vmamba import LayerNorm2d, Linear2d, Mlp, PatchMerging2D, Permute, SoftmaxSpatial, gMlp
-from vmamba.layers import ACTIVATIONS, DOWNSAMPLES, NORMS, choose
+from vmamba.layers import ACTIVATIONS, DOWNSAMPLES, NORMS, activate, choose
 
 
 def maps(*shape, dtype=torch.float64):
@@ -181,6 +181,29 @@ def test_an_activation_in_place_is_seen_by_nobody(channels_first):
         mlp(x)
         handle.remove()
         torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=0)
+
+
+class Keeps(nn.Module):
+    """Returns what it keeps, as a cache or an identity does."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, _):
+        return self.kept
+
+
+@pytest.mark.parametrize("act", [nn.GELU, nn.SiLU])
+def test_an_activation_is_in_place_only_after_layers_that_are_known(act):
+    mlp = Mlp(4, 6, act_layer=act)
+    kept = torch.randn(3, 6)
+    with torch.no_grad():
+        known, source = mlp.fc1(torch.randn(3, 4)), mlp.fc1
+        assert activate(mlp.act, known, source).data_ptr() == known.data_ptr()
+        mlp.fc1 = Keeps(kept.clone())
+        assert torch.equal(mlp(torch.randn(3, 4)), mlp.fc2(act()(kept)))
+        assert torch.equal(mlp.fc1.kept, kept)
 
 
 @pytest.mark.parametrize("version", ["v2", "v3"])

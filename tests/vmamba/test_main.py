@@ -14,6 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
+import checkpoint
 import flags
 import main as vim_main
 from vmamba import config, models
@@ -133,6 +134,7 @@ def test_going_on_and_starting_from_weights(trained, folder):
 def test_throughput(folder):
     done = start("--cfg", "small.yaml", "--throughput", "--batch-size", 2, "--device", "cpu", cwd=folder)
     assert done.returncode == 0, done.stderr
+    assert "note: --throughput measures random weights on grey pictures; no checkpoint and no picture" in done.stdout
     assert re.search(r"Input: +2 x 3 x 32 x 32, cpu", done.stdout)
     assert re.search(r"Latency: .* 30 runs", done.stdout)
     assert re.search(r"Throughput: +[\d.]+ pictures per second", done.stdout)
@@ -180,10 +182,28 @@ def run(capsys, *words):
         (("--opts", "TRAIN.LAYER_DECAY", "0.9"), "TRAIN.LAYER_DECAY must be 1, got 0.9"),
         (("--opts", "TRAIN.LR_SCHEDULER.NAME", "linear"), "TRAIN.LR_SCHEDULER.NAME linear is not offered"),
         (("--opts", "TRAINCOST_MODE", "true"), "TRAINCOST_MODE is not offered"),
+        (("--tag", "../up"), "TAG must be the name of a folder below OUTPUT, got '../up'"),
+        (("--tag", "/up"), "TAG must be the name of a folder below OUTPUT, got '/up'"),
+        (("--opts", "MODEL.NAME", "a/../../b"), "MODEL.NAME must be the name of a folder below OUTPUT"),
+        (("--opts", "MODEL.NAME", '"a\\0"'), "MODEL.NAME must be the name of a folder below OUTPUT"),
+        (("--tag", "x" * 300, "--output", "{}/deep"), "config.json cannot be written: File name too long"),
+        (("--cfg", "~nobody_of_this_name/x.yaml"), "there is no configuration '~nobody_of_this_name/x.yaml'"),
+        (("--cfg", "x" * 300), "there is no configuration"),
+        (
+            ("--opts", "MODEL.VSSM.PATCH_SIZE", "0"),
+            "PATCH_SIZE must be a whole number from 1 to 2147483647, got 0",
+        ),
+        (("--opts", "MODEL.DROP_PATH_RATE", "1"), "MODEL.DROP_PATH_RATE must be a probability below 1, got 1"),
+        (("--opts", "MODEL.VSSM.EMBED_DIM", "200000000"), "network that MODEL.VSSM describes cannot be made"),
         (("--eval", "--pretrained", "{}/none.pth"), "none.pth"),
         (("--output", "{}/small.yaml"), "config.json cannot be written"),
         (("--output", "{}/runs", "--batch-size", "0"), "--batch-size must be at least 1, got 0"),
         (("--output", "{}/runs", "--data-path", "{}/nowhere"), "does not exist"),
+        (("--output", "{}/runs", "--opts", "TRAIN.BASE_LR", "-1"), "error: TRAIN.BASE_LR must be"),
+        (("--output", "{}/runs", "--opts", "TRAIN.EPOCHS", "0"), "error: TRAIN.EPOCHS must be"),
+        (("--output", "{}/runs", "--opts", "AUG.CUTMIX_MINMAX", "[0.5, 0.1]"), "error: AUG.CUTMIX_MINMAX must be two"),
+        (("--output", "{}/runs", "--optim", "adamm"), "The optimizer 'adamm' cannot be made"),
+        (("--output", "{}/runs", "--model_ema_decay", "2"), "error: --model_ema_decay must be"),
         (("--output", "{}/runs", "--device", "abacus"), "device 'abacus' cannot be used"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -198,6 +218,123 @@ def test_refusals_are_one_sentence(folder, capsys, monkeypatch, words, sentence)
     assert sentence in err
     assert "Start training" not in out
     assert not (folder / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--data-path", "{}/nowhere"), "does not exist"),
+        (("--device", "abacus"), "device 'abacus' cannot be used"),
+        (("--opts", "MODEL.VSSM.EMBED_DIM", "16"), "belongs to a model of another size"),
+        (("--resume", "{}/none.pth", "--opts", "TRAIN.AUTO_RESUME", "false"), "none.pth"),
+    ],
+)
+def test_a_command_that_fails_changes_nothing(trained, folder, capsys, words, sentence):
+    _, kept = trained
+    before = {path: path.read_bytes() for path in kept.iterdir()}
+    for tag in ("first", "unborn"):
+        if tag == "unborn" and "EMBED_DIM" in " ".join(words):
+            continue  # a new run may have any network
+        given = ("--cfg", folder / "small.yaml", "--data-path", folder / "data", "--device", "cpu")
+        code, _, err = run(
+            capsys, *given, "--output", folder / "runs", "--tag", tag, *(word.format(folder) for word in words)
+        )
+        assert code == 2
+        assert sentence in err
+    assert {path: path.read_bytes() for path in kept.iterdir()} == before
+    assert not (folder / "runs/small/unborn").exists()
+
+
+def test_a_configuration_is_written_whole_or_not_at_all(folder, capsys, monkeypatch):
+    path = folder / "whole/small/t/config.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("of before")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    given = ("--cfg", folder / "small.yaml", "--data-path", folder / "data", "--device", "cpu")
+    code, _, err = run(capsys, *given, "--output", folder / "whole", "--tag", "t")
+    assert code == 2
+    assert "No space left on device" in err
+    assert path.read_text() == "of before"
+    assert os.listdir(path.parent) == ["config.json"]
+
+
+def test_a_checkpoint_holds_its_network(trained, folder, tmp_path):
+    """A network of one's own is evaluated by another program, in another folder, without its configuration."""
+    done, kept = trained
+    words = ["--eval", "--resume", str(kept / "checkpoint.pth"), "--data-path", str(folder / "only"), "--num_workers"]
+    found = subprocess.run(
+        [sys.executable, vim_main.__file__, *words, "0", "--device", "cpu"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stderr
+    assert "model: small, " in found.stdout
+    assert accuracies(found.stdout)[0] == accuracies(done.stdout)[0]
+
+
+def test_a_configuration_as_a_model(folder, tmp_path, monkeypatch, capsys):
+    """vim/main.py --model FILE.yaml keeps the network, not the name of the file, in its checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text((folder / "small.yaml").read_text().replace("EMBED_DIM: 8", "EMBED_DIM: 12"))
+    words = ["--data-path", folder / "data", "--device", "cpu", "--num_workers", 0, "--input-size", 32]
+    training = ["--epochs", 1, "--batch-size", 8, "--output_dir", "run", "--mixup", 0, "--cutmix", 0]
+    assert vim_main.run([str(word) for word in ("--model", "mine.yaml", *words, *training)]) == 0
+    saved = torch.load("run/checkpoint.pth", weights_only=False)
+    assert (saved["model_name"], saved["args"].model) == ("mine", "mine")
+    assert saved["model_settings"]["MODEL.VSSM.EMBED_DIM"] == 12
+    (tmp_path / "mine.yaml").unlink()
+    del models._REGISTERED["mine"]  # as in another program, in which somebody else has the name
+    capsys.readouterr()
+    assert vim_main.run([str(word) for word in ("--eval", "--resume", "run/checkpoint.pth", *words)]) == 0
+    assert re.search(r"model: mine_[0-9a-f]{8}, ", capsys.readouterr().out)
+
+
+def test_safetensors_hold_their_network_too(trained, folder, tmp_path, capsys):
+    done, kept = trained
+    read = checkpoint.read_checkpoint(str(kept / "checkpoint.pth"))
+    settings = torch.load(kept / "checkpoint.pth", weights_only=False)["model_settings"]
+    contents = {"model": read.model, "class_names": read.class_names, "model_name": "small", "img_size": read.img_size}
+    checkpoint.save_checkpoint(tmp_path / "c.safetensors", contents | {"model_settings": settings})
+    words = ["--eval", "--resume", str(tmp_path / "c.safetensors"), "--data-path", str(folder / "data")]
+    assert vim_main.run([*words, "--num_workers", "0", "--device", "cpu"]) == 0
+    assert accuracies(capsys.readouterr().out) == [accuracies(done.stdout)[0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"MODEL.VSSM.DEPTHS": (1, 1, 1, 10**9)}, "settings of another network than its weights are of"),
+        ({"MODEL.VSSM.SSM_CONV": 4}, "c.pth cannot be used: MODEL.VSSM.SSM_CONV must be an odd whole number"),
+        ({"MODEL.VSSM.SSM_CONVV": 4}, "must be given by their whole names"),
+        (None, "settings of another network than its weights are of"),
+    ],
+)
+def test_a_checkpoint_with_damaged_settings(trained, tmp_path, capsys, change, sentence):
+    _, kept = trained
+    saved = torch.load(kept / "checkpoint.pth", weights_only=False)
+    saved["model_settings"] = 3 if change is None else saved["model_settings"] | change
+    torch.save(saved, tmp_path / "c.pth")
+    assert vim_main.run(["--eval", "--resume", str(tmp_path / "c.pth"), "--data-path", str(tmp_path)]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_file_that_a_checkpoint_names_is_not_looked_for(trained, folder, tmp_path, monkeypatch, capsys):
+    _, kept = trained
+    saved = torch.load(kept / "checkpoint.pth", weights_only=False)
+    del saved["model_settings"]
+    saved["model_name"] = saved["args"].model = str(folder / "small.yaml")
+    torch.save(saved, tmp_path / "c.pth")
+    monkeypatch.setattr(config, "load", lambda *_: pytest.fail("the file was read"))
+    words = ["--eval", "--resume", str(tmp_path / "c.pth"), "--data-path", str(folder / "data"), "--device", "cpu"]
+    assert vim_main.run(words) == 2
+    assert "name the model that it was made with" in capsys.readouterr().err
 
 
 def test_a_configuration_is_needed(capsys):
@@ -339,6 +476,14 @@ def test_mixed_precision_is_for_gpus(words, mixed):
     assert ("--if_amp" in door.words_for(found, args, "m")) == (mixed and torch.cuda.is_available())
 
 
+def test_every_flag_of_vims_main_is_one_that_it_has():
+    known = {flag for action in flags.get_args_parser()._actions for flag in action.option_strings}
+    assert {*door.TRAINING, *door.FURTHER} <= known
+    assert door.in_settings("--lr must be 1, not as --lr-noise; see --data-path") == (
+        "TRAIN.BASE_LR must be 1, not as --lr-noise; see --data-path"
+    )
+
+
 def test_every_setting_is_used_or_said_to_have_no_effect():
     """So that none is read and forgotten."""
     used = {*door.TRAINING.values(), *door.WITHOUT_EFFECT, *models.ARGUMENTS.values()}
@@ -404,7 +549,13 @@ def test_a_run_goes_on_where_the_newest_stopped(tmp_path):
 
 def test_vims_main_is_called_with_the_published_name(monkeypatch, tmp_path, capsys):
     told = []
-    monkeypatch.setattr(vim_main, "run", lambda words: told.append(words) or 7)
+
+    def run_at_once(words, starting, _):
+        told.append(words)
+        starting()
+        return 7
+
+    monkeypatch.setattr(vim_main, "run", run_at_once)
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(capsys, "--cfg", "vmambav0_small_224", "--data-path", "d", "--tag", "t", "--cache-mode", "no")
     assert code == 7  # the code of vim/main.py

@@ -1,9 +1,12 @@
 """The network: its parts by their definition, its names and sizes, layouts, dtypes, and timm's methods."""
 
 import copy
+import inspect
 import io
+import math
 import pickle
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -17,6 +20,7 @@ from torch.nn import functional as F
 
 from tolerances import GOLDEN_LOGITS, RELATIVE, assert_close
 from vmamba import SS2D, VSSM, LayerNorm2d, VSSBlock
+from vmamba import options as vssm_options
 from vmamba.forward_types import nearest
 from vmamba.timm_methods import take_indices
 
@@ -178,6 +182,11 @@ def test_both_layouts_agree_at_any_size(size, downsample, backend):
     torch.testing.assert_close(given, wide.float(), rtol=0, atol=GOLDEN_LOGITS)
 
 
+def test_a_batch_of_none():
+    with pytest.raises(ValueError, match="there must be at least one picture, got a batch of none"):
+        small_model()(pictures(batch=0))
+
+
 def test_a_picture_too_small():
     with pytest.raises(ValueError, match=r"the picture is 3 x 64 pixels, but .* at least 4 x 4: enlarge"):
         small_model()(pictures(3, 64))
@@ -257,12 +266,66 @@ def test_widths():
         ({"depths": ()}, "`depths` and `dims`"),
         ({"depths": (1, 0, 1, 1)}, "`depths` and `dims`"),
         ({"patch_size": 1}, "`patch_size` must be at least 2"),
-        ({"ssm_init": "v9"}, "`initialize` must be one of v0, v1, v2, got 'v9'"),
+        ({"ssm_init": "v9"}, "`ssm_init` must be one of v0, v1, v2, got 'v9'"),
+        ({"forward_type": 5}, "there is no `forward_type` 5"),
+        ({"norm_layer": None}, "`norm_layer` must be one of"),
+        ({"depths": 4}, "`depths` and `dims` must be positive and one for each stage, got 4 and"),
+        ({"depths": "1111"}, "`depths` and `dims`"),
+        ({"depths": (1, 1.5, 1, 1)}, "`depths` and `dims`"),
+        ({"dims": 0}, "`depths` and `dims`"),
+        ({"dims": True}, "`depths` and `dims`"),
+        ({"dims": 1}, "`dims` must begin with 2 or more with `patchembed_version` 'v2', got 1"),
+        ({"patch_size": 0}, "`patch_size` must be a whole number from 1 to 2147483647, got 0"),
+        ({"patch_size": 4.0}, "`patch_size` must be a whole number from 1 to 2147483647, got 4.0"),
+        ({"in_chans": 10**30}, "`in_chans` must be a whole number from 1 to 2147483647, got 10000"),
+        ({"dims": 2**30}, "`depths` and `dims`"),
+        ({"in_chans": -1}, "`in_chans` must be a whole number from 1 to 2147483647, got -1"),
+        ({"num_classes": -1}, "`num_classes` must be a whole number from 0 to 2147483647, got -1"),
+        ({"num_classes": "ten"}, "`num_classes` must be a whole number from 0 to 2147483647, got 'ten'"),
+        ({"ssm_d_state": 0}, "`ssm_d_state` must be"),
+        ({"ssm_ratio": math.nan}, "`ssm_ratio` must be a number up to 1000, 0 for no such branch, got nan"),
+        ({"ssm_ratio": 0.01}, "`ssm_ratio` must be 0 or leave a channel of 8, those of the narrowest stage, got 0.01"),
+        ({"ssm_dt_rank": "full"}, "`ssm_dt_rank` must be a whole number from 1 on, or 'auto', got 'full'"),
+        ({"ssm_dt_rank": 0}, "`ssm_dt_rank` must be"),
+        ({"ssm_conv": 4}, "`ssm_conv` must be an odd whole number, or less than 2"),
+        ({"ssm_conv": 2.5}, "`ssm_conv` must be"),
+        ({"ssm_conv_bias": "no"}, "`ssm_conv_bias` must be true or false, got 'no'"),
+        ({"ssm_drop_rate": -0.1}, "`ssm_drop_rate` must be a probability below 1, got -0.1"),
+        ({"mlp_ratio": math.nan}, "`mlp_ratio` must be a number up to"),
+        ({"mlp_ratio": 1e300}, "`mlp_ratio` must be a number up to 1000"),
+        ({"mlp_ratio": 0.1}, "`mlp_ratio` must be 0 or leave a channel of 8"),
+        ({"mlp_drop_rate": 2}, "`mlp_drop_rate` must be a probability below 1, got 2"),
+        ({"gmlp": 1}, "`gmlp` must be true or false, got 1"),
+        ({"drop_path_rate": 1.0}, "`drop_path_rate` must be a probability below 1"),
+        ({"drop_rate": math.nan}, "`drop_rate` must be a probability below 1, got nan"),
+        ({"patch_norm": None}, "`patch_norm` must be true or false"),
+        ({"use_checkpoint": 0}, "`use_checkpoint` must be true or false"),
+        ({"posembed": "yes"}, "`posembed` must be true or false"),
+        ({"imgsize": 0}, "`imgsize` must be one or two whole numbers of pixels from 1 on, got 0"),
+        ({"imgsize": (32, 32, 3)}, "`imgsize` must be one or two whole numbers"),
+        ({"img_size": "224"}, "`img_size` must be one or two whole numbers of pixels from 1 on, got '224'"),
+        ({"posembed": True, "imgsize": (32, 3)}, "`imgsize` must be at least the `patch_size` 4 with `posembed`"),
+        ({"posembed": True, "img_size": 3}, "`img_size` must be at least the `patch_size` 4 with `posembed`, got 3"),
     ],
 )
 def test_impossible_options(options, message):
     with pytest.raises(ValueError, match=message):
         VSSM(**{**SMALL, **options})
+
+
+def test_every_option_is_looked_at():
+    named = (
+        set(vssm_options._TABLE)
+        | set(vssm_options._CHOICES)
+        | {"depths", "dims", "forward_type", "_SS2D", "self", "kwargs"}
+    )
+    assert set(inspect.signature(VSSM.__init__).parameters) == named
+
+
+@pytest.mark.parametrize("size", [np.int64(32), [32, np.int32(32)], (32, 32)])
+def test_numbers_of_numpy_are_numbers(size):
+    model = VSSM(**{**SMALL, "img_size": size, "num_classes": np.int64(3), "drop_rate": np.float32(0.5)})
+    assert model(pictures()).shape == (2, 3)
 
 
 @pytest.mark.parametrize(("name", "near"), [("drop_path", "drop_path_rate"), ("ssm_dstate", "ssm_d_state")])
@@ -514,6 +577,9 @@ def test_the_classifier_is_replaced():
     model.reset_classifier(0, "avg")
     assert isinstance(model.classifier.head, nn.Identity)
     assert torch.equal(model(pictures().double()), model.forward_features(pictures().double()).mean((2, 3)))
+    for faulty in (-1, 2.5, "ten", True):
+        with pytest.raises(ValueError, match="`num_classes` must be a whole number from 0 on, got"):
+            model.reset_classifier(faulty)
     with pytest.raises(ValueError, match="`global_pool` must be 'avg', got 'max'"):
         model.reset_classifier(3, "max")
 

@@ -61,13 +61,16 @@ FAMILY.implement(
 def _states_fake(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, directions: int, keep_states: bool
 ) -> Tensor:
-    state = _state_dtype(u, delta, A)
-    if not keep_states:
-        return u.new_empty(0, dtype=state)
     groups = next((value.shape[1] for value in (B, C) if value.dim() == 4), 1)
+    shape = _kept_shape(u, groups, A.shape[1], directions) if keep_states else (0,)
+    return u.new_empty(shape, dtype=_state_dtype(u, delta, A))
+
+
+def _kept_shape(u: Tensor, groups: int, states: int, directions: int) -> tuple[int, ...]:
+    """The shape of the states before each chunk, (b, chunks, s, g, n, d / g)."""
     batch, channels, length = u.shape
     chunks = (length + kernels.CHUNK - 1) // kernels.CHUNK
-    return u.new_empty((batch, chunks, directions, groups, A.shape[1], channels // groups), dtype=state)
+    return batch, chunks, directions, groups, states, channels // groups
 
 
 def _state_dtype(u: Tensor, delta: Tensor, A: Tensor) -> torch.dtype:
@@ -141,9 +144,25 @@ torch.library.register_autograd("mamba_ssm::bidirectional_scan_backward", _refus
 # --- PyTorch kernels ------------------------------------------------------------------------------------------------
 
 
-def _directions(arguments: tuple[Any, ...], reverse: tuple[bool, ...]) -> list[Direction]:
+def _directions(
+    arguments: tuple[Any, ...], reverse: tuple[bool, ...], states: Tensor | None = None, dlast: Tensor | None = None
+) -> list[Direction]:
+    """The scans of an op that was called with these arguments, in its backward also with the kept states.
+
+    Raises:
+        ValueError: there are no channels, or states that are no such scan's; the public functions do not let the former
+            through and autograd makes the latter right, but the ops may be called without either.
+    """
     parts = [arguments[index * PER_DIRECTION : (index + 1) * PER_DIRECTION] for index in range(len(reverse))]
-    return [Direction(*(*part, flag)) for part, flag in zip(parts, reverse, strict=True)]
+    scans = [Direction(*(*part, flag)) for part, flag in zip(parts, reverse, strict=True)]
+    u, n, groups = scans[0].u, scans[0].A.shape[-1], scans[0].groups
+    if u.dim() != 3 or not 0 < groups <= u.shape[1]:
+        raise ValueError(
+            f"`u` must have shape (b, d, l) with a channel for each of {groups} groups, got {tuple(u.shape)}"
+        )
+    _check("states", states, "(b, chunks, s, g, n, d / g)", _kept_shape(u, groups, n, len(scans)))
+    _check("dlast_state", dlast, "(b, d, n)", (*u.shape[:2], n))
+    return scans
 
 
 def _flatten(gradients: list[Gradients], arguments: tuple[Any, ...], dz: Tensor | None) -> list[Tensor]:
@@ -165,7 +184,7 @@ def _selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 @FAMILY.kernel("torch", "selective_scan_backward")
 def _selective_scan_backward(dout: Tensor, dlast: Tensor | None, states: Tensor, *arguments: Any) -> list[Tensor]:
     *tensors, z, softplus, reverse = arguments
-    directions = _directions(tuple(tensors), (reverse,))
+    directions = _directions(tuple(tensors), (reverse,), states, dlast)
     gradients, dz = kernels.scan_backward(directions, z, dout, dlast, states, softplus)
     return _flatten(gradients, (*tensors, z), dz)
 
@@ -180,7 +199,7 @@ def _bidirectional_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
 @FAMILY.kernel("torch", "bidirectional_scan_backward")
 def _bidirectional_scan_backward(dout: Tensor, states: Tensor, *arguments: Any) -> list[Tensor]:
     *tensors, z, softplus = arguments
-    directions = _directions(tuple(tensors), (False, True))
+    directions = _directions(tuple(tensors), (False, True), states)
     gradients, dz = kernels.scan_backward(directions, z, dout, None, states, softplus)
     return _flatten(gradients, (*tensors, z), dz)
 
@@ -210,13 +229,13 @@ def _register(backend: str, module: str) -> None:
 
     def selective_backward(dout: Tensor, dlast: Tensor | None, states: Tensor, *arguments: Any) -> list[Tensor] | None:
         *tensors, z, softplus, reverse = arguments
-        directions = _directions(tuple(tensors), (reverse,))
+        directions = _directions(tuple(tensors), (reverse,), states, dlast)
         found: list[Tensor] | None = compiled().scan_backward(directions, z, dout, dlast, states, softplus)
         return found
 
     def bidirectional_backward(dout: Tensor, states: Tensor, *arguments: Any) -> list[Tensor] | None:
         *tensors, z, softplus = arguments
-        directions = _directions(tuple(tensors), (False, True))
+        directions = _directions(tuple(tensors), (False, True), states)
         found: list[Tensor] | None = compiled().scan_backward(directions, z, dout, None, states, softplus)
         return found
 

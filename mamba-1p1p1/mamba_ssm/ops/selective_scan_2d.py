@@ -164,8 +164,8 @@ def _check(
         raise ValueError(f"`x` must have shape (b, h, w, d) without empty axes, got {tuple(x.shape)}")
     if A.dim() != 3 or A.is_complex():
         raise ValueError(f"`A` must be real and have shape (4, d, n), got {tuple(A.shape)} of {A.dtype}")
-    if dt_weight.dim() != 3:
-        raise ValueError(f"`dt_weight` must have shape (4, d, r), got {tuple(dt_weight.shape)}")
+    if dt_weight.dim() != 3 or dt_weight.shape[2] == 0:
+        raise ValueError(f"`dt_weight` must have shape (4, d, r) with r from 1 on, got {tuple(dt_weight.shape)}")
     count, channels, states, rank = len(ROUTES[directions]), x.shape[3], A.shape[2], dt_weight.shape[2]
     expected = {
         "projected": (projected, "(b, h, w, 4, r + 2 n)", (*x.shape[:3], count, rank + 2 * states)),
@@ -177,6 +177,9 @@ def _check(
     for name, (value, meaning, shape) in expected.items():
         if value is not None and tuple(value.shape) != shape:
             raise ValueError(f"`{name}` must have shape {meaning} = {shape}, got {tuple(value.shape)}")
+    for name, value in {"x": x, **{name: value for name, (value, *_) in expected.items()}}.items():
+        if value is not None and not value.is_floating_point():
+            raise ValueError(f"`{name}` must be of real floating-point numbers, got {value.dtype}")
 
 
 def selective_scan_2d(
@@ -196,7 +199,8 @@ def selective_scan_2d(
 
     Args:
         x: (b, h, w, d), any strides. fp64, fp32, fp16 or bf16.
-        projected: (b, h, w, 4, r + 2 n), what each direction projects each pixel to, in the order of the picture.
+        projected: (b, h, w, 4, r + 2 n), what each direction projects each pixel to, in the order of the picture; r
+            from 1 on.
         dt_weight: (4, d, r).
         A: (4, d, n), real, negative.
         D, dt_bias: (4, d).
@@ -207,7 +211,8 @@ def selective_scan_2d(
         (b, h, w, d), contiguous; at least fp32. Differentiable in every tensor.
 
     Raises:
-        ValueError: a shape above does not hold, or there are no such directions; names the argument and what it got.
+        ValueError: a shape or dtype above does not hold, or there are no such directions; names the argument and what
+            it got.
         RuntimeError: a backend that was asked for cannot run this call.
     Accumulates in fp32 (fp64 stays fp64). Definition: `selective_scan_2d_ref`. Source: arXiv 2401.10166, section 4.2.
     """

@@ -32,6 +32,7 @@ def _fits(
     rank = dt_weight.shape[2]
     return (
         len(ROUTES.get(directions, ())) == count
+        and min(channels, rank) > 0
         and x.shape[3] == channels
         and dt_weight.shape == (count, channels, rank)
         and projected.shape == (*x.shape[:3], count, rank + 2 * states)
