@@ -23,6 +23,7 @@ from model_setup import (
     read_checkpoint_for,
     refuse_failures,
 )
+from other_family import is_vmamba
 from pictures import EvalTransform, eval_transform
 from predictions import Prediction, Result, classify
 
@@ -132,8 +133,9 @@ def _class_count(checkpoint: Checkpoint | None, asked: int | None) -> int:
     """Return the number of classes; what was asked for must be what the checkpoint has."""
     held = checkpoint.num_classes if checkpoint else 0
     if checkpoint is not None and not held and asked is None:
+        missing = "classifier.head.weight" if is_vmamba(checkpoint.model) else "head.weight"
         raise CheckpointError(
-            f"{checkpoint.source} holds no classifier (head.weight), so it cannot name what is in a picture."
+            f"{checkpoint.source} holds no classifier ({missing}), so it cannot name what is in a picture."
         )
     if held and asked is not None and asked != held:
         raise UsageError(
