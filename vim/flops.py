@@ -140,8 +140,8 @@ def _add_ss2d(count: FlopCount, mixer: Any, x: Tensor) -> None:
     """Add a mixer that got a map `x` of any layout: every weight meets every pixel once, in all four directions."""
     pixels = x.numel() // mixer.d_model
     weights = [mixer.x_proj_weight, mixer.dt_projs_weight]
-    for part in mixer.modules():
-        if isinstance(part, (*_CONVOLUTIONS, nn.Linear)):
+    for name, part in mixer.named_modules():
+        if name != "projection" and isinstance(part, (*_CONVOLUTIONS, nn.Linear)):  # in int8, x_proj_weight is its
             weights.append(part.weight)
             count.bias_additions += pixels * (0 if part.bias is None else part.bias.numel())
         elif isinstance(part, _NORMS):

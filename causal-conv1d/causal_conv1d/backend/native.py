@@ -20,7 +20,7 @@ import torch
 
 from causal_conv1d.backend.memory import keep_freed_memory
 
-ABI = 4  # as in csrc/cpu/platform.h
+ABI = 5  # as in csrc/cpu/platform.h
 FAILURES = {1: "got a wrong list of arguments", 2: "found no memory left"}
 
 

@@ -33,7 +33,7 @@
 enum Status { OK = 0, WRONG_ARGUMENTS = 1, OUT_OF_MEMORY = 2 };
 
 // Raised whenever an argument list changes; the loader refuses a library of another number.
-constexpr int64_t ABI = 4;
+constexpr int64_t ABI = 5;
 
 enum Element { FLOAT32 = 0, BFLOAT16 = 1 };
 

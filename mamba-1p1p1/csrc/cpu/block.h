@@ -27,7 +27,8 @@ constexpr int64_t FEW_ROWS = 1024;  // up to which threads share the columns of 
 struct BlockMemory {
     bool few;                          // rows
     int64_t task_rows, own, panels;    // rows of a task; floats of a worker for them, and for panels of weights
-    float *xz, *y, *normed;            // (rows, 2 e), (rows, e), (workers, own) or, of few rows, (rows, m)
+    int64_t tile;                      // of `own`, for normed rows; then one row, then quantised rows
+    float *xz, *y, *normed;            // (rows, 2 e), (rows, e), (workers, own) and, of few rows, (rows, taken m)
     float *in_panels, *to_out_panels;  // of few rows the first is (workers, panels)
     int64_t floats;
 
@@ -35,11 +36,15 @@ struct BlockMemory {
         const int64_t rows = block.norm.rows, m = block.norm.features;
         few = rows <= FEW_ROWS;
         task_rows = rows_of_task(rows, threads, few ? NORM_ROWS : BLOCK_ROWS);
-        own = ((few ? 0 : task_rows * m) + m + LANES + 15) / 16 * 16;
-        panels = GEMM_GROUP * PANEL * (m > channels ? m : channels);
+        const int64_t in_row = block.in.row_floats(), out_row = block.to_out.row_floats();
+        const int64_t in_panel = block.in.panel_floats(), out_panel = block.to_out.panel_floats();
+        tile = few && !block.in.int8 ? 0 : task_rows * m;
+        const int64_t taken = block.in.int8 ? task_rows * (in_row > out_row ? in_row : out_row) : 0;
+        own = (tile + m + LANES + taken + 15) / 16 * 16;
+        panels = GEMM_GROUP * (in_panel > out_panel ? in_panel : out_panel);
         xz = memory.take(rows * 2 * channels);
         y = memory.take(rows * channels);
-        normed = memory.take(own * threads.count + (few ? rows * m : 0));
+        normed = memory.take(own * threads.count + (few ? rows * in_row : 0));
         in_panels = memory.take(few ? panels * threads.count : block.in.packed());
         to_out_panels = memory.take(few ? 0 : block.to_out.packed());
         floats = memory.used;
@@ -50,19 +55,23 @@ inline int run_block(Block &block, Computed<float> *directions, const Sizes &siz
                      const Threads &threads) {
     const int64_t rows = block.norm.rows, m = block.norm.features, e = sizes.channels, wide = 2 * e;
     const int64_t each = shared.task_rows, tasks = (rows + each - 1) / each, own = shared.own;
+    const int64_t quantized = shared.tile + m + LANES;  // where in a worker's memory
     float *const xz = shared.xz, *const y = shared.y, *const normed = shared.normed;
     block.in.panels = shared.in_panels;
     block.to_out.panels = shared.to_out_panels;
 
-    const auto norm_rows = [&](int64_t task, float *out, float *row) {
+    // Returns how many rows a task has; they are in `out`, which int8 weights take quantised.
+    const auto norm_rows = [&](int64_t task, float *out, int64_t worker) {
         const int64_t begin = task * each, end = begin + each < rows ? begin + each : rows, first = begin * m;
-        add_norm_rows(block.x + first, block.residual ? block.residual + first : nullptr, out, block.stored + first,
+        float *tile = block.in.int8 ? normed + worker * own : out, *row = normed + worker * own + shared.tile;
+        add_norm_rows(block.x + first, block.residual ? block.residual + first : nullptr, tile, block.stored + first,
                       block.norm_weight, block.norm_bias, block.norm, begin, end, row);
+        block.in.taken(tile, m, end - begin, out);
         return end - begin;
     };
     const auto columns_of = [&](const Linear &linear, const float *a, float *out, int64_t group, int64_t worker) {
         apply_group(linear, group, group_panels(linear, threads), shared.in_panels + worker * shared.panels, a,
-                    linear.depth, rows, out, linear.columns);
+                    linear.row_floats(), rows, out, linear.columns);
     };
 
     Inner<float> inner(directions, sizes, threads);
@@ -71,7 +80,7 @@ inline int run_block(Block &block, Computed<float> *directions, const Sizes &siz
     if (shared.few) {
         float *all = normed + own * threads.count;
         for_each_task(threads, tasks, [&](int64_t task, int64_t worker) {
-            norm_rows(task, all + task * each * m, normed + worker * own);
+            norm_rows(task, all + task * each * block.in.row_floats(), worker);
         });
         const int64_t groups = group_count(block.in, threads);
         for_each_task(threads, groups + packing, [&](int64_t task, int64_t worker) {
@@ -86,9 +95,9 @@ inline int run_block(Block &block, Computed<float> *directions, const Sizes &siz
             block.to_out.pack(task - block.in.count());
         });
         for_each_task(threads, tasks, [&](int64_t task, int64_t worker) {
-            float *tile = normed + worker * own;
-            const int64_t count = norm_rows(task, tile, tile + each * m);
-            apply(block.in, tile, m, count, xz + task * each * wide, wide);
+            float *taken = normed + worker * own + (block.in.int8 ? quantized : 0);
+            const int64_t count = norm_rows(task, taken, worker);
+            apply(block.in, taken, block.in.row_floats(), count, xz + task * each * wide, wide);
         });
     }
 
@@ -98,15 +107,27 @@ inline int run_block(Block &block, Computed<float> *directions, const Sizes &siz
     for (int64_t s = 0; s < sizes.directions; ++s) directions[s].x = directions[s].reverse ? x.reversed(length) : x;
     inner.run({inside, z, inside, length, block.scale});
 
+    const auto inner_rows = [&](int64_t task, float *to) {
+        const int64_t begin = task * each, end = begin + each < rows ? begin + each : rows;
+        return block.to_out.taken(y + begin * e, e, end - begin, to);
+    };
     if (shared.few) {
+        const float *taken = y;
+        if (block.to_out.int8) {
+            for_each_task(threads, tasks, [&](int64_t task, int64_t) {
+                inner_rows(task, xz + task * each * block.to_out.row_floats());
+            });
+            taken = xz;  // which has been read
+        }
         for_each_task(threads, group_count(block.to_out, threads), [&](int64_t group, int64_t worker) {
-            columns_of(block.to_out, y, block.out, group, worker);
+            columns_of(block.to_out, taken, block.out, group, worker);
         });
         return OK;
     }
-    for_each_task(threads, tasks, [&](int64_t task, int64_t) {
-        const int64_t begin = task * each, end = begin + each < rows ? begin + each : rows;
-        apply(block.to_out, y + begin * e, e, end - begin, block.out + begin * m, m);
+    for_each_task(threads, tasks, [&](int64_t task, int64_t worker) {
+        const int64_t begin = task * each, count = begin + each < rows ? each : rows - begin;
+        apply(block.to_out, inner_rows(task, normed + worker * own + quantized), block.to_out.row_floats(), count,
+              block.out + begin * m, m);
     });
     return OK;
 }

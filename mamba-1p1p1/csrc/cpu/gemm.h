@@ -1,9 +1,10 @@
 // Products with a transposed weight, as linear layers need them: out = a * weight^T + bias. Included once per
-// instruction set, after tile.h.
+// instruction set, after tile.h and int8.h.
 //
 // The weight is packed into panels of PANEL columns, summed axis outermost: a tile of GEMM_ROWS x PANEL sums stays in
 // registers while a row element is broadcast against two vectors of the panel. Panels of one call are read from the
-// first cache; packing costs as much as one or two rows.
+// first cache; packing costs as much as one or two rows. A weight in int8 is packed and applied by `Int8Products`: the
+// rows of `a` are then quantised ones.
 
 constexpr int PANEL = 2 * LANES, GEMM_ROWS = Vec::registers == 32 ? 12 : 6;
 constexpr int64_t GEMM_DEPTH = 256;  // of the summed axis at a time
@@ -12,13 +13,25 @@ struct Linear {
     const float *weight, *bias;  // (columns, depth), (columns,) or null
     int64_t columns, depth;
     float *panels;  // the packed weight
+    const Int8Products *int8 = nullptr;           // of a weight that is int8
+    const float *scales = nullptr, *step = nullptr;  // its (columns,), and of all rows, or null
 
     int64_t count() const { return (columns + PANEL - 1) / PANEL; }
-    int64_t packed() const { return count() * PANEL * depth; }
+    int64_t panel_floats() const { return PANEL * (int8 ? PANEL_HEAD + (depth + 3) / 4 : depth); }
+    int64_t packed() const { return count() * panel_floats(); }
+    int64_t row_floats() const { return int8 ? int8->row_floats(depth) : depth; }  // of a row as it is applied to
+
+    // Rows as the weight is applied to them, at a distance of `row_floats`: `rows` themselves, or quantised in `to`.
+    const float *taken(const float *rows, int64_t step_of_rows, int64_t count, float *to) const {
+        if (int8 == nullptr) return rows;
+        for (int64_t i = 0; i < count; ++i) int8->quantize(rows + i * step_of_rows, depth, step, to + i * row_floats());
+        return to;
+    }
 
     // Pack one panel; columns beyond the last one are zero.
-    void pack(int64_t index) const { pack(index, panels + index * PANEL * depth); }
+    void pack(int64_t index) const { pack(index, panels + index * panel_floats()); }
     void pack(int64_t index, float *panel) const {
+        if (int8) return int8->pack({reinterpret_cast<const int8_t *>(weight), scales, columns, depth}, index, panel);
         for (int half = 0; half < 2; ++half) {
             const int64_t first = index * PANEL + half * LANES, left = columns - first;
             const int lanes = static_cast<int>(left < 0 ? 0 : left < LANES ? left : LANES);
@@ -82,6 +95,11 @@ inline void gemm_rows(const float *a, int64_t a_step, int64_t rows, const float 
 inline void apply_panel(const Linear &linear, int64_t index, const float *packed, const float *a, int64_t a_step,
                         int64_t rows, float *out, int64_t out_step) {
     const int64_t column = index * PANEL, left = linear.columns - column;
+    if (linear.int8) {
+        const float *bias = linear.bias ? linear.bias + column : nullptr;
+        return linear.int8->multiply(packed, linear.depth, a, a_step, rows, bias, out + column, out_step,
+                                     left < PANEL ? left : PANEL);
+    }
     const int width = left > LANES ? 2 : 1;
     const int64_t in_last = left - (width - 1) * LANES;
     const int lanes = static_cast<int>(in_last < LANES ? in_last : LANES);
@@ -105,7 +123,7 @@ inline void apply_panel(const Linear &linear, int64_t index, const float *packed
 // out = a through the packed `linear`.
 inline void apply(const Linear &linear, const float *a, int64_t a_step, int64_t rows, float *out, int64_t out_step) {
     for (int64_t index = 0; index < linear.count(); ++index) {
-        const float *panel = linear.panels + index * PANEL * linear.depth;
+        const float *panel = linear.panels + index * linear.panel_floats();
         apply_panel(linear, index, panel, a, a_step, rows, out, out_step);
     }
 }
@@ -127,7 +145,7 @@ inline int64_t group_count(const Linear &linear, const Threads &threads) {
 inline void apply_group(const Linear &linear, int64_t group, int64_t size, float *packed, const float *a,
                         int64_t a_step, int64_t rows, float *out, int64_t out_step) {
     const int64_t first = group * size, last = first + size < linear.count() ? first + size : linear.count();
-    const int64_t panel = PANEL * linear.depth;
+    const int64_t panel = linear.panel_floats();
     for (int64_t index = first; index < last; ++index) linear.pack(index, packed + (index - first) * panel);
     for (int64_t row = 0; row < rows; row += GEMM_CHUNK) {
         const int64_t count = rows - row < GEMM_CHUNK ? rows - row : GEMM_CHUNK;

@@ -30,7 +30,11 @@ struct Computed {
 
     // Of `projected`: whole panels of the product.
     int64_t across() const { return x_proj.count() * PANEL; }
-    Linear all_columns() const { return {x_proj.weight, nullptr, across(), channels, x_proj.panels}; }
+    Linear all_columns() const {
+        Linear all = x_proj;
+        all.columns = across();
+        return all;
+    }
     int64_t padded() const { return (channels + LANES - 1) / LANES * LANES; }
     bool constant_b() const { return false; }
     bool constant_c() const { return false; }
@@ -46,7 +50,8 @@ struct Computed {
         }
     }
 
-    // u and (r, B, C) of some tokens of the span. `tile` has room for (w - 1 + tokens, LANES).
+    // u and (r, B, C) of some tokens of the span. `tile` has room for (w - 1 + tokens, LANES), then for those tokens as
+    // the projection is applied to them.
     void project(int64_t b, int64_t start, int64_t tokens, float *tile) const {
         float *rows = u + row(b, start) * padded();
         for (int64_t d = 0; d < channels; d += LANES) {
@@ -55,7 +60,9 @@ struct Computed {
                           rows + d, padded());
         }
         const float *found = projected + row(b, start) * across();
-        apply(all_columns(), rows, padded(), tokens, projected + row(b, start) * across(), across());
+        const float *taken = x_proj.taken(rows, padded(), tokens, tile + (taps.width + tokens) * LANES);
+        apply(all_columns(), taken, x_proj.int8 ? x_proj.row_floats() : padded(), tokens,
+              projected + row(b, start) * across(), across());
         if (kept == nullptr) return;
         const size_t bytes = static_cast<size_t>(x_proj.columns) * sizeof(float);
         for (int64_t t = start; t < start + tokens; ++t, found += across()) {
@@ -152,7 +159,9 @@ public:
 private:
     int64_t floats_of_worker() const {
         const int64_t scanning = ScanMemory<Computed<T>>({nullptr}, sizes_, partition_.blocks, directions_[0]).floats;
-        const int64_t projecting = (PROJECTED + directions_[0].taps.width) * LANES;
+        const Linear &x_proj = directions_[0].x_proj;
+        const int64_t quantized = x_proj.int8 ? PROJECTED * x_proj.row_floats() : 0;
+        const int64_t projecting = (PROJECTED + directions_[0].taps.width) * LANES + quantized;
         return ((scanning > projecting ? scanning : projecting) + 15) / 16 * 16;
     }
 

@@ -1,7 +1,7 @@
 // The kernels of this library: one table per instruction set.
 #pragma once
 
-#include "arguments.h"
+#include "int8_products.h"
 
 struct Kernels {
     const char *name;
@@ -11,6 +11,8 @@ struct Kernels {
     int (*selective_scan_2d_backward)(Arguments &);
     int (*bidirectional_inner)(Arguments &);
     int (*bidirectional_blocks)(Arguments &);
+    int (*int8_blocks)(Arguments &);
+    int (*int8_linear)(Arguments &);
     int (*add_norm)(Arguments &);
     int (*add_norm_backward)(Arguments &);
 };

@@ -12,6 +12,8 @@
 
 #include "scan_backward.h"
 
+#include "int8.h"
+
 #include "gemm.h"
 
 #include "inner.h"
@@ -19,6 +21,8 @@
 #include "norm.h"
 
 #include "block.h"
+
+#include "int8_linear.h"
 
 template <class T>
 Output<T> read_output(Arguments &a, const Sizes &sizes) {
@@ -67,6 +71,10 @@ Given<T> read_given(Arguments &a, const Sizes &sizes) {
 
 constexpr int64_t ENDS = 2;  // directions of a sequence, at most
 
+inline bool scannable(const Sizes &sizes) {
+    return sizes.groups > 0 && sizes.channels >= sizes.groups && sizes.directions <= ENDS;
+}
+
 template <class T>
 bool of_one_rank(const Given<T> *directions, const Sizes &sizes) {
     for (int64_t s = 1; s < sizes.directions; ++s) {
@@ -80,7 +88,7 @@ int selective_scan_of(Arguments &a, Threads threads) {
     const Sizes sizes = read_sizes(a);
     const Output<T> output = read_output<T>(a, sizes);
     float *last = a.pointer<float>(), *borders = a.pointer<float>();
-    if (sizes.directions > ENDS) return WRONG_ARGUMENTS;
+    if (!scannable(sizes)) return WRONG_ARGUMENTS;
     Given<T> directions[ENDS];
     for (int64_t s = 0; s < sizes.directions; ++s) directions[s] = read_given<T>(a, sizes);
     if (!a.complete() || !of_one_rank(directions, sizes)) return WRONG_ARGUMENTS;
@@ -102,7 +110,7 @@ int selective_scan_backward_of(Arguments &a, Threads threads) {
     in.last = a.pointer<const float>();
     in.states = a.pointer<const float>();
     in.scale = static_cast<float>(a.number());
-    if (sizes.directions > ENDS) return WRONG_ARGUMENTS;
+    if (!scannable(sizes)) return WRONG_ARGUMENTS;
     Given<T> directions[ENDS];
     Gradients<T> gradients[ENDS];
     for (int64_t s = 0; s < sizes.directions; ++s) {
@@ -167,6 +175,8 @@ struct Pictures {
             to.low_rank = {weight + s * d * rank, rank};
         }
     }
+    // A low rank of none would be taken for steps that are given as they are.
+    bool scannable() const { return sizes.channels > 0 && directions[0].low_rank.rank > 0; }
     template <class T>
     Sequence<T> maps(T *data) const {
         return {data, sizes.length * sizes.channels, 1, sizes.channels};
@@ -179,7 +189,7 @@ int selective_scan_2d(Arguments &a) {
     const Pictures pictures(a);
     const Sequence<float> out = pictures.maps(a.pointer<float>());
     float *borders = a.pointer<float>();
-    if (!a.complete()) return WRONG_ARGUMENTS;
+    if (!a.complete() || !pictures.scannable()) return WRONG_ARGUMENTS;
     return scan_pictures(pictures.directions, pictures.sizes, out, borders, threads);
 }
 
@@ -196,7 +206,7 @@ int selective_scan_2d_backward(Arguments &a) {
     in.scale = 1.0f;
     const Sequence<float> du = pictures.maps(a.pointer<float>());
     float *steps = a.pointer<float>(), *projected = a.pointer<float>(), *parameters = a.pointer<float>();
-    if (!a.complete()) return WRONG_ARGUMENTS;
+    if (!a.complete() || !pictures.scannable()) return WRONG_ARGUMENTS;
     Gradients<float> gradients[Pictures::DIRECTIONS];
     const int64_t rank = pictures.directions[0].low_rank.rank, n = sizes.states;
     for (int64_t s = 0; s < sizes.directions; ++s, projected += rank + 2 * n) {
@@ -208,12 +218,23 @@ int selective_scan_2d_backward(Arguments &a) {
     return scan_backward(pictures.directions, gradients, sizes, in, Sequence<float>{}, threads);
 }
 
+inline Linear read_linear(Arguments &a, int64_t columns, int64_t depth, bool has_bias, const Int8Products *int8) {
+    Linear linear{a.pointer<const float>(), nullptr, columns, depth, nullptr};
+    if (has_bias) linear.bias = a.pointer<const float>();
+    if (int8 == nullptr) return linear;
+    linear.int8 = int8;
+    linear.scales = a.pointer<const float>();
+    linear.step = a.pointer<const float>();
+    return linear;
+}
+
 template <class T>
-Computed<T> read_computed(Arguments &a, const Sizes &sizes, const Sequence<const T> &x, int64_t width, int64_t rank) {
+Computed<T> read_computed(Arguments &a, const Sizes &sizes, const Sequence<const T> &x, int64_t width, int64_t rank,
+                          const Int8Products *int8 = nullptr) {
     Computed<T> computed{};
     const float *weight = a.pointer<const float>();
     computed.taps = {weight, a.pointer<const float>(), width};
-    computed.x_proj = {a.pointer<const float>(), nullptr, rank + 2 * sizes.states, sizes.channels, nullptr};
+    computed.x_proj = read_linear(a, rank + 2 * sizes.states, sizes.channels, false, int8);
     computed.dt_proj = a.pointer<const float>();
     computed.A_log = a.pointer<const float>();
     computed.D = a.pointer<const float>();
@@ -292,12 +313,8 @@ int add_norm_backward(Arguments &a) {
     return gradients.run(sizes, threads);
 }
 
-inline Linear read_linear(Arguments &a, int64_t columns, int64_t depth) {
-    const float *weight = a.pointer<const float>();
-    return {weight, a.pointer<const float>(), columns, depth, nullptr};
-}
-
 constexpr int64_t BLOCK_ARGUMENTS = 6 + 2 * 8;
+constexpr int64_t INT8_ARGUMENTS = 2 * (2 + 2);  // more of a block with weights in int8
 
 // Blocks in turn, on some pictures. `a` stands before the first block's arguments.
 inline int run_blocks(Arguments a, Block block, const Sizes &sizes, int64_t width, int64_t rank, int64_t count,
@@ -305,12 +322,12 @@ inline int run_blocks(Arguments a, Block block, const Sizes &sizes, int64_t widt
     for (int64_t index = 0; index < count; ++index) {
         block.norm_weight = a.pointer<const float>();
         block.norm_bias = a.pointer<const float>();
-        block.in = read_linear(a, 2 * sizes.channels, block.norm.features);
-        block.to_out = read_linear(a, block.norm.features, sizes.channels);
+        block.in = read_linear(a, 2 * sizes.channels, block.norm.features, true, block.in.int8);
+        block.to_out = read_linear(a, block.norm.features, sizes.channels, true, block.to_out.int8);
         Computed<float> directions[ENDS];
         const Sequence<const float> none{};  // what the directions read is computed first
         for (int64_t s = 0; s < sizes.directions; ++s) {
-            directions[s] = read_computed<float>(a, sizes, none, width, rank);
+            directions[s] = read_computed<float>(a, sizes, none, width, rank, block.in.int8);
         }
         const int code = run_block(block, directions, sizes, shared, threads);
         if (code != OK) return code;
@@ -322,7 +339,7 @@ inline int run_blocks(Arguments a, Block block, const Sizes &sizes, int64_t widt
 
 // Pictures enough for all threads are dealt out whole, so that what a thread works on stays in its own cache and no
 // thread waits for another; all threads share each of those that are left.
-int bidirectional_blocks(Arguments &a) {
+inline int bidirectional_blocks_of(Arguments &a, const Int8Products *int8) {
     const Threads threads = a.threads(), one{nullptr, 1};
     if (a.integer() != FLOAT32) return WRONG_ARGUMENTS;
     const Sizes sizes = read_sizes(a);
@@ -337,10 +354,10 @@ int bidirectional_blocks(Arguments &a) {
     block.scale = static_cast<float>(a.number());
     const int64_t width = a.integer(), rank = a.integer(), count = a.integer();
     if (sizes.directions != ENDS || sizes.groups != 1) return WRONG_ARGUMENTS;
-    if (a.left() != count * BLOCK_ARGUMENTS) return WRONG_ARGUMENTS;
+    if (a.left() != count * (BLOCK_ARGUMENTS + (int8 ? INT8_ARGUMENTS : 0))) return WRONG_ARGUMENTS;
     if (sizes.batch * sizes.length == 0) return OK;
-    block.in = {nullptr, nullptr, 2 * sizes.channels, block.norm.features, nullptr};
-    block.to_out = {nullptr, nullptr, block.norm.features, sizes.channels, nullptr};
+    block.in = {nullptr, nullptr, 2 * sizes.channels, block.norm.features, nullptr, int8};
+    block.to_out = {nullptr, nullptr, block.norm.features, sizes.channels, nullptr, int8};
 
     const int64_t whole = threads.count > 1 ? sizes.batch / threads.count * threads.count : 0;
     const auto some = [&](int64_t first, int64_t pictures) {
@@ -379,7 +396,22 @@ int bidirectional_blocks(Arguments &a) {
     return run_blocks(a, rest, of(sizes.batch - whole), width, rank, count, shared, threads);
 }
 
+int bidirectional_blocks(Arguments &a) { return bidirectional_blocks_of(a, nullptr); }
+
+int int8_blocks(Arguments &a) { return bidirectional_blocks_of(a, &int8_products()); }
+
+int int8_linear(Arguments &a) {
+    const Threads threads = a.threads();
+    if (a.integer() != FLOAT32) return WRONG_ARGUMENTS;
+    const float *rows = a.pointer<const float>();
+    float *out = a.pointer<float>();
+    const int64_t count = a.integer(), columns = a.integer(), depth = a.integer();
+    const Linear linear = read_linear(a, columns, depth, true, &int8_products());
+    return a.complete() ? multiply_int8_rows(linear, rows, count, out, threads) : WRONG_ARGUMENTS;
+}
+
 constexpr Kernels kernels(const char *name) {
     return {name, selective_scan, selective_scan_backward, selective_scan_2d, selective_scan_2d_backward,
-            bidirectional_inner, bidirectional_blocks, add_norm, add_norm_backward};
+            bidirectional_inner, bidirectional_blocks, int8_blocks, int8_linear,
+            add_norm, add_norm_backward};
 }

@@ -25,6 +25,8 @@ from torch.nn.modules.module import (
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from causal_conv1d.backend import differentiates_forward
 from causal_conv1d.backend.machine import has_fast_bf16
+from mamba_ssm.modules.int8 import Int8Linear, weight_of
+from mamba_ssm.ops.int8_blocks import run_int8_blocks
 from mamba_ssm.ops.mamba_inner import (
     DirectionParameters,
     OuterProjections,
@@ -173,7 +175,7 @@ class Mamba(nn.Module):
 
     def _inner_parameters(self) -> tuple[Any, ...]:
         conv, out = self.conv1d, self.out_proj
-        projections = (self.x_proj.weight, self.dt_proj.weight, out.weight, out.bias)
+        projections = (weight_of(self.x_proj), self.dt_proj.weight, weight_of(out), out.bias)
         return conv.weight, conv.bias, *projections, decay_rates(self.A_log)
 
     def _skip(self) -> dict[str, Any]:
@@ -190,7 +192,7 @@ class Mamba(nn.Module):
         return DirectionParameters(
             conv.weight,
             conv.bias,
-            x_proj.weight,
+            weight_of(x_proj),
             dt_proj.weight,
             A_log,
             _at_least_fp32(D),
@@ -438,6 +440,8 @@ _LINEARS = ("in_proj", "out_proj", "x_proj", "dt_proj", "x_proj_b", "dt_proj_b")
 def _plain_parameters(block: nn.Module, dtype: torch.dtype) -> tuple[Tensor | None, ...] | None:
     """What `bidirectional_blocks` takes of a block for tokens of a dtype; None if it is more than a plain "v2" block.
 
+    Of a quantised block, what `int8_blocks` takes: after these the scales.
+
     Nobody may have hooked or replaced a module whose call the op leaves out. Read straight from the modules'
     dictionaries: a model has 500 parameters.
     """
@@ -453,11 +457,12 @@ def _plain_parameters(block: nn.Module, dtype: torch.dtype) -> tuple[Tensor | No
     parts, own = mixer._modules, mixer._parameters
     linears = [parts[name] for name in _LINEARS]
     convolutions = [parts["conv1d"], parts["conv1d_b"]]
-    if any(type(part) is not nn.Linear for part in linears) or any(
-        type(part) is not nn.Conv1d for part in convolutions
-    ):
+    if not _of_one_kind(linears) or any(type(part) is not nn.Conv1d for part in convolutions):
         return None
     if _is_altered(mixer) or _is_altered(linears[0]) or _is_altered(linears[1]):
+        return None
+    quantized = type(linears[0]) is Int8Linear
+    if quantized and (dtype is not torch.float32 or any(_is_observed(part) for part in linears)):
         return None
     (in_proj, out_proj, x_proj, dt_proj, x_proj_b, dt_proj_b), (conv, conv_b) = (
         [part._parameters for part in group if part is not None] for group in (linears, convolutions)
@@ -467,8 +472,26 @@ def _plain_parameters(block: nn.Module, dtype: torch.dtype) -> tuple[Tensor | No
         outer["weight"], outer["bias"], in_proj["weight"], in_proj["bias"], out_proj["weight"], out_proj["bias"],
         conv["weight"], conv["bias"], x_proj["weight"], dt_proj["weight"], own["A_log"], own["D"], dt_proj["bias"],
         conv_b["weight"], conv_b["bias"], x_proj_b["weight"], dt_proj_b["weight"], own["A_b_log"], own["D_b"],
-        dt_proj_b["bias"],
+        dt_proj_b["bias"], *(_scales_of(linears) if quantized else ()),
     )  # fmt: skip
+
+
+def _is_observed(layer: nn.Module | None) -> bool:
+    return isinstance(layer, Int8Linear) and layer.observe is not None
+
+
+def _scales_of(linears: list[nn.Module | None]) -> list[Tensor | None]:
+    """The scales and steps of a quantised block, as `int8_blocks` takes them."""
+    buffers = [layer._buffers for layer in linears if isinstance(layer, Int8Linear)]
+    return [own[name] for own in buffers for name in ("weight_scales", "input_step")]
+
+
+def _of_one_kind(linears: list[nn.Module | None]) -> bool:
+    """Whether these layers, of the names `_LINEARS`, are plain ones, or those of a quantised block."""
+    kinds = [type(part) for part in linears]
+    return kinds == [nn.Linear] * len(kinds) or kinds == [
+        nn.Linear if "dt" in name else Int8Linear for name in _LINEARS
+    ]
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
@@ -489,15 +512,18 @@ def _sizes(block: nn.Module) -> tuple[Any, ...]:
     mixer, norm = block._modules["mixer"], block._modules["norm"]
     assert isinstance(mixer, Mamba)
     assert isinstance(norm, RMSNorm | nn.LayerNorm)
-    return type(norm), norm.eps, mixer._scale, mixer.d_inner, mixer.d_state, mixer.d_conv, mixer.dt_rank
+    sizes = (mixer.d_inner, mixer.d_state, mixer.d_conv, mixer.dt_rank)
+    return type(norm), norm.eps, mixer._scale, type(mixer._modules["in_proj"]), *sizes
 
 
 def _run_at_once(
     sizes: tuple[Any, ...], hidden: Tensor, residual: Tensor | None, parameters: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
-    rms, eps, scale, *_ = sizes
+    norm, eps, scale, linear, *_ = sizes
     refuse_meta(hidden, *parameters)
-    out, total = torch.ops.mamba_ssm.bidirectional_blocks(hidden, residual, parameters, eps, rms is RMSNorm, scale)
+    if linear is Int8Linear:
+        return run_int8_blocks(hidden, residual, parameters, eps, norm is RMSNorm, scale)
+    out, total = torch.ops.mamba_ssm.bidirectional_blocks(hidden, residual, parameters, eps, norm is RMSNorm, scale)
     return out, total
 
 

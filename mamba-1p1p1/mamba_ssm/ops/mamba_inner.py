@@ -24,6 +24,7 @@ from causal_conv1d.reference import conv1d_reference
 from mamba_ssm.ops import mamba_inner_torch
 from mamba_ssm.ops import mamba_inner_training as training
 from mamba_ssm.ops import selective_scan_native as native
+from mamba_ssm.ops.int8 import Int8Weight, linear
 from mamba_ssm.ops.mamba_inner_training import NO_PROJECTIONS, DirectionParameters, OuterProjections
 from mamba_ssm.ops.norm import layer_norm_fn
 from mamba_ssm.ops.reference import scan_reference
@@ -101,7 +102,7 @@ def _varying(columns: Tensor, bias: Tensor | None, complex_pairs: bool) -> Tenso
 
 def _project(
     x: Tensor,
-    x_proj_weight: Tensor,
+    x_proj_weight: Tensor | Int8Weight,
     delta_proj_weight: Tensor,
     A: Tensor,
     B: Tensor | None = None,
@@ -112,7 +113,7 @@ def _project(
     """delta (b, e, l), B and C from the convolved x (b, e, l); B and C that are given are passed through."""
     rank = delta_proj_weight.shape[1]
     columns = A.shape[1] * (2 if A.is_complex() else 1)
-    projected = F.linear(x.transpose(1, 2), x_proj_weight)
+    projected = linear(x.transpose(1, 2), x_proj_weight)
     delta = F.linear(projected[..., :rank], delta_proj_weight).transpose(1, 2)
     if B is None:
         B = _varying(projected[..., rank : rank + columns], B_proj_bias, A.is_complex())
@@ -122,7 +123,7 @@ def _project(
 
 
 def _check_projection_rows(
-    x_proj_weight: Tensor, delta_proj_weight: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None
+    x_proj_weight: Tensor | Int8Weight, delta_proj_weight: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None
 ) -> None:
     per_projection = A.shape[1] * (2 if A.is_complex() else 1)
     rows = delta_proj_weight.shape[1] + per_projection * ((B is None) + (C is None))
@@ -141,7 +142,7 @@ def mamba_inner_fn_no_out_proj(
     xz: Tensor,
     conv1d_weight: Tensor,
     conv1d_bias: Tensor | None,
-    x_proj_weight: Tensor,
+    x_proj_weight: Tensor | Int8Weight,
     delta_proj_weight: Tensor,
     A: Tensor,
     B: Tensor | None = None,
@@ -166,9 +167,9 @@ def mamba_inner_fn(
     xz: Tensor,
     conv1d_weight: Tensor,
     conv1d_bias: Tensor | None,
-    x_proj_weight: Tensor,
+    x_proj_weight: Tensor | Int8Weight,
     delta_proj_weight: Tensor,
-    out_proj_weight: Tensor,
+    out_proj_weight: Tensor | Int8Weight,
     out_proj_bias: Tensor | None,
     A: Tensor,
     B: Tensor | None = None,
@@ -203,16 +204,16 @@ def mamba_inner_fn(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias, B_proj_bias,
         C_proj_bias, delta_softplus,
     )  # fmt: skip
-    return F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
+    return linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
 
 
 def bimamba_inner_fn(
     xz: Tensor,
     conv1d_weight: Tensor,
     conv1d_bias: Tensor | None,
-    x_proj_weight: Tensor,
+    x_proj_weight: Tensor | Int8Weight,
     delta_proj_weight: Tensor,
-    out_proj_weight: Tensor,
+    out_proj_weight: Tensor | Int8Weight,
     out_proj_bias: Tensor | None,
     A: Tensor,
     A_b: Tensor,
@@ -235,7 +236,7 @@ def bimamba_inner_fn(
     x = _convolve(x, conv1d_weight, conv1d_bias)
     delta, B, C = _project(x, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias)
     y = bidirectional_scan((x, delta, A, B, C, D, delta_bias), (x, delta, A_b, B, C, D, delta_bias), z, delta_softplus)
-    return F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
+    return linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
 
 
 def bidirectional_inner(
@@ -254,7 +255,9 @@ def bidirectional_inner(
         Source: arXiv 2401.09417, Algorithm 1.
     """
     _split(xz)
-    arguments = (*forward, *backward)
+    arguments: tuple[Any, ...] = (*forward, *backward)
+    if _any_int8(arguments):
+        return compose(xz, forward, backward, scale)
     refuse_meta(xz, *arguments)
     if not _needs_gradient(xz, *arguments) and not differentiates_forward():
         return torch.ops.mamba_ssm.bidirectional_inner(xz, *arguments, scale)
@@ -275,8 +278,14 @@ def trained_mixer(
 
     None where the compiled kernels do not run it, or nothing needs a gradient.
     """
-    arguments = (x, *outer, *forward, *backward)
-    if x.dim() != 3 or not x.numel() or not _needs_gradient(*arguments) or not _trains_at_once(*arguments):
+    arguments: tuple[Any, ...] = (x, *outer, *forward, *backward)
+    if (
+        _any_int8(arguments)
+        or x.dim() != 3
+        or not x.numel()
+        or not _needs_gradient(*arguments)
+        or not _trains_at_once(*arguments)
+    ):
         return None
     if outer.in_weight is None or not native.fits(outer.in_weight.shape[0] // 2, arguments[5:]):
         return None
@@ -291,6 +300,10 @@ def refuse_meta(x: Tensor, *parameters: Tensor | None) -> None:
             f"the input is on {x.device} and a parameter of the block on meta, where nothing has a value; load its "
             "weights first"
         )
+
+
+def _any_int8(arguments: tuple[Any, ...]) -> bool:
+    return any(isinstance(value, Int8Weight) for value in arguments)
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from causal_conv1d import conv1d_native
 from causal_conv1d.backend.call import Call
 from mamba_ssm.ops import selective_scan_native as native
+from mamba_ssm.ops.int8 import Int8Weight
 from mamba_ssm.ops.selective_scan_torch import CHUNK
 
 DIRECTIONS = (False, True)  # whether reversed
@@ -30,7 +31,7 @@ class DirectionParameters(NamedTuple):
 
     conv1d_weight: Tensor
     conv1d_bias: Tensor | None
-    x_proj_weight: Tensor
+    x_proj_weight: Tensor | Int8Weight
     delta_proj_weight: Tensor
     A_log: Tensor  # log(-A)
     D: Tensor | None
@@ -181,6 +182,7 @@ class _Side:
         """With the scan's gradients there: write or add that of x (b, e, l); the parameters' gradients, in order."""
         own, du, ddelta, dprojected = self.own, *(v.flatten(0, 1) for v in (self.du, self.ddelta, self.dprojected))
         torch.mm(ddelta, own.delta_proj_weight, out=dprojected[:, : self.rank])
+        assert isinstance(own.x_proj_weight, Tensor)  # a weight in int8 has no gradient
         du.addmm_(dprojected, own.x_proj_weight)
         sums = conv1d_native.conv1d_backward_into(
             dx, self.room.u, x, self.taps, own.conv1d_bias, True, self.direction.reverse, accumulate=add

@@ -242,7 +242,7 @@ def fits(channels: int, parameters: Sequence[Tensor | None]) -> bool:
     )
 
 
-def _block_fits(features: int, channels: int, parameters: Sequence[Tensor | None]) -> bool:
+def block_fits(features: int, channels: int, parameters: Sequence[Tensor | None]) -> bool:
     """The same for a block's norm and outer projections, its first parameters, and what is between them."""
     shapes = (
         (features,), (features,), (2 * channels, features), (2 * channels,), (features, channels), (features,),
@@ -301,7 +301,7 @@ def bidirectional_blocks(
         shapes = [None if value is None else value.shape for value in own]
         if shapes == known:
             continue
-        if not _block_fits(features, channels, own) or (_width_and_rank(own[6:]), _states(own[6:])) != sizes:
+        if not block_fits(features, channels, own) or (_width_and_rank(own[6:]), _states(own[6:])) != sizes:
             return None
         known = shapes
     call = Call(x.dtype)

@@ -73,3 +73,38 @@ inline simde__m512 emulated_shuffle(simde__m512 a, simde__m512 b, int which) {
     return same_bits<simde__m512>(chosen);
 }
 #define _mm512_shuffle_f32x4 emulated_shuffle
+
+struct Integers512 {
+    int lane[16];
+};
+
+// To the nearest whole numbers; without the sign bit's special value, which no caller rounds to.
+inline simde__m512i emulated_rounded(simde__m512 a) {
+    const Floats512 all = same_bits<Floats512>(a);
+    Integers512 whole;
+    for (int i = 0; i < 16; ++i) whole.lane[i] = static_cast<int>(__builtin_rintf(all.lane[i]));
+    return same_bits<simde__m512i>(whole);
+}
+#define _mm512_cvtps_epi32 emulated_rounded
+
+inline simde__m512 emulated_floats(simde__m512i a) {
+    const Integers512 whole = same_bits<Integers512>(a);
+    Floats512 all;
+    for (int i = 0; i < 16; ++i) all.lane[i] = static_cast<float>(whole.lane[i]);
+    return same_bits<simde__m512>(all);
+}
+#define _mm512_cvtepi32_ps emulated_floats
+
+inline simde__m128i emulated_low_bytes(simde__m512i a) {
+    const Integers512 whole = same_bits<Integers512>(a);
+    struct {
+        signed char lane[16];
+    } bytes;
+    for (int i = 0; i < 16; ++i) bytes.lane[i] = static_cast<signed char>(whole.lane[i]);
+    return same_bits<simde__m128i>(bytes);
+}
+#define _mm512_cvtepi32_epi8 emulated_low_bytes
+
+// SIMDe gives this name to another instruction.
+#undef _mm512_madd_epi16
+#define _mm512_madd_epi16 simde_mm512_madd_epi16
