@@ -91,6 +91,8 @@ def export_and_compare(args: argparse.Namespace) -> int:
     import torch
 
     from classify import load_classifier
+    from flags import UsageError
+    from int8 import is_quantized
     from model_setup import chosen_backend
 
     path = _checked_output(args.output)
@@ -107,6 +109,11 @@ def export_and_compare(args: argparse.Namespace) -> int:
         img_size=args.img_size,
         labels_file=args.labels,
     )
+    if is_quantized(classifier.model.state_dict()):
+        raise UsageError(
+            f"{args.checkpoint} is in int8 already: export the checkpoint that it was made from, and give that file to "
+            "vim/quantize.py"
+        )
     if not args.checkpoint:
         note("warning: no --checkpoint was given, so the weights are random and the file's predictions mean nothing")
     batches = [*_random_pictures(classifier), *_real_pictures(classifier, args.image)]

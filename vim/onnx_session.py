@@ -16,6 +16,7 @@ import numpy as np
 
 from command_line import pip_install
 from onnx_file import Header, OnnxError, is_onnx, read_header
+from onnx_int8 import session_settings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -109,7 +110,7 @@ def open_session(path: str | Path, *, threads: int | None = None, custom_ops: st
     header = read_header(path)
     onnxruntime = _onnxruntime()
     threads = threads or usable_cores()
-    options = _session_options(onnxruntime, threads)
+    options = _session_options(onnxruntime, threads, header.metadata)
     library = _load_library(options, custom_ops, path, header)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -155,12 +156,14 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _session_options(onnxruntime: Any, threads: int) -> Any:
+def _session_options(onnxruntime: Any, threads: int, metadata: Mapping[str, str]) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False  # a plan of the memory would be held beside the memory of the first run
     options.log_severity_level = 4  # its errors arrive as exceptions
+    for name, value in session_settings(metadata).items():
+        options.add_session_config_entry(name, value)
     return options
 
 

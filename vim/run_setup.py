@@ -21,6 +21,7 @@ from checkpoint import Checkpoint, CheckpointError, load_weights
 from checkpoint_sources import first_line
 from datasets import collate_readable
 from flags import UsageError, is_given
+from int8 import refuse_quantized
 from loaders import GuardedLoader
 from losses import DistillationLoss, build_criterion
 from model_setup import build_model, patch_grid, read_checkpoint_for
@@ -71,6 +72,8 @@ def prepare(args: argparse.Namespace, device: torch.device, resumed: Checkpoint 
     """Return a run ready for its first step, or its next one if `resumed` is given."""
     started = read_checkpoint_for(args.model, args.finetune) if args.finetune and resumed is None else None
     source = resumed or started
+    if source is not None:
+        refuse_quantized(source.model, source.source)
     if source is not None and source.model_name and not is_given(args, "model"):
         args.model = source.model_name
     if not is_given(args, "input_size"):

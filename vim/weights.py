@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 import other_family
 from checkpoint_sources import CheckpointError
+from int8 import INT8_NAMES, is_quantized, make_quantized
 from pos_embed import resize_pos_embed
 
 _HEAD = ("head.weight", "head.bias", "classifier.head.weight", "classifier.head.bias")
+_QUANTIZED_HEAD = tuple(f"{head}.{name}" for head in ("head", "classifier.head") for name in INT8_NAMES)
 # Computed from the model's own grid, never learned.
 _COMPUTED = ("rope.freqs_cos", "rope.freqs_sin")
 
@@ -45,7 +47,8 @@ def load_weights(
     """Copy weights into `model`; `state` is not changed, and `model` neither if an error is raised.
 
     The position embedding is resized to the model's patch grid, rotary tables are the model's own, and the head is left
-    out where the model has none. Weights of a VMamba must have the names that `read_checkpoint` gives them.
+    out where the model has none. Weights of a VMamba must have the names that `read_checkpoint` gives them. Where the
+    weights are int8, the model gets quantised layers first, and keeps them if an error is raised.
 
     Args:
         state: tensors by name.
@@ -56,11 +59,13 @@ def load_weights(
     Raises:
         CheckpointError: the weights are another model's; names the first keys that do not fit.
     """
-    own = model.state_dict()
     state = dict(state)
     report = LoadReport()
     if drop_head or getattr(model, "num_classes", None) == 0:
-        report.dropped = [key for key in _HEAD if state.pop(key, None) is not None]
+        report.dropped = [key for key in (*_HEAD, *_QUANTIZED_HEAD) if state.pop(key, None) is not None]
+    if is_quantized(state):
+        make_quantized(model, state)
+    own = model.state_dict()
     for key in _COMPUTED:
         if key in own:
             state[key] = own[key]
@@ -116,7 +121,7 @@ def _check_shapes(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     if not wrong:
         return
     given = {key: tuple(state[key].shape) for key in wrong}
-    if set(wrong) <= set(_HEAD) and all(given.values()):  # a scalar counts no classes
+    if set(wrong) <= {*_HEAD, *_QUANTIZED_HEAD} and all(given.values()):  # a scalar counts no classes
         key = wrong[0]
         raise CheckpointError(
             f"the checkpoint has {given[key][0]} classes but the model has {own[key].shape[0]}: create the model with "

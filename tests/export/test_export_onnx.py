@@ -111,6 +111,16 @@ def test_flags_of_onnx_files_are_refused_for_an_archive(call: Call, words: tuple
     assert not Path("m.pt2").exists()
 
 
+def test_a_checkpoint_in_int8_is_refused(call: Call) -> None:
+    from int8 import quantize_model, stored
+
+    model = quantize_model(build_model(MODEL, len(NAMES), None).eval(), "dynamic")
+    save_checkpoint("q.safetensors", {"model": stored(model), "model_name": MODEL, "img_size": 32})
+    code, _, err = call("--checkpoint", "q.safetensors", "--output", "m.onnx")
+    assert code == 2
+    assert "q.safetensors is in int8 already: export the checkpoint that it was made from" in err
+
+
 def test_a_difference_above_the_tolerance_is_an_error(call: Call) -> None:
     write_checkpoint()
     code, out, _ = call("--checkpoint", "w.safetensors", "--output", "m.onnx", "--tolerance", "0")
