@@ -294,10 +294,34 @@ def _peers() -> Named:
         yield f"peers_{name}_train", Comparison(title_here, cases, cases[-1])
 
 
+def _exports() -> Named:
+    """ONNX files in ONNX Runtime against PyTorch and against the published scheme of their scans, and int8."""
+    titles = {"vim_tiny": "Vim-Tiny", "vmamba_tiny": "VMamba-Tiny (s2l5)"}
+    for key, title in titles.items():
+        native, torch = (Case(key, path) for path in ("auto", "torch"))
+        chunks, steps, operators, published = (
+            Case(f"{key}_onnx_{way}") for way in ("chunks", "steps", "operators", "chunk24")
+        )
+        if key == "vim_tiny":
+            cases: tuple[Case, ...] = (native, torch, chunks, steps, operators)
+            bounds = [Claim("seconds", chunks, native, must=9, aim=5), Claim("seconds", operators, native, must=1.3)]
+        else:
+            cases = (native, torch, chunks, steps, operators, published)
+            bounds = [Claim("seconds", chunks, published, must=0.25)]
+        as_onnx = f"{title} as ONNX, 224 px"
+        yield f"onnx_{key}", Comparison(as_onnx, cases, native, tuple(bounds), rounds=_rounds(224))
+        narrow = [Case(f"{key}_{way}_{scheme}") for way in ("int8", "onnx_int8") for scheme in ("dynamic", "static")]
+        pairs = zip(narrow, (native, native, operators, operators), strict=True)
+        claims = tuple(Claim("seconds", case, wide, must=0.8, needs="VNNI") for case, wide in pairs)
+        title = f"{title} in int8 and fp32, 224 px"
+        yield f"int8_{key}", Comparison(title, (native, operators, *narrow), native, claims, rounds=_rounds(224))
+
+
 FRONT_PAGE = {**dict(_front_page()), **dict(_vmamba())}
 COMPARISONS = {
     **FRONT_PAGE,
     **dict(_vmamba_ops()),
+    **dict(_exports()),
     **dict(_whole_models()),
     **dict(_paths()),
     **dict(_dtypes_and_modes()),

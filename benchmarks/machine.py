@@ -72,11 +72,18 @@ def _lacks_bf16_products() -> str | None:
     return "this processor has neither AMX nor AVX-512-BF16"
 
 
+def _lacks_vnni() -> str | None:
+    if {"avx512_vnni", "avx_vnni"} & set(instruction_sets()):
+        return None
+    return "this processor has no VNNI instructions"
+
+
 # What claims may need, and a function that says as a clause why the machine has it not, None if it has.
 ABILITIES: dict[str, Callable[[], str | None]] = {
     "AVX-512 kernels": partial(_lacks_kernels, "avx512"),
     "AVX2 kernels": partial(_lacks_kernels, "avx2"),
     "bf16 products": _lacks_bf16_products,
+    "VNNI": _lacks_vnni,
 }
 
 

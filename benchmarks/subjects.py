@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models_mamba  # noqa: F401  (registers Vim with timm)
-from benchmarks import peers
+from benchmarks import exports, peers
 from benchmarks.cases import Case
 from benchmarks.work import Recipe, Work
 from blocks import create_block
@@ -41,7 +41,8 @@ class Subject:
         title: its name, for people.
         build: makes the fp32 recipe of a case; draws weights and inputs from torch's generator.
         computes: subjects that share it compute the same from the same draws; their results are compared.
-        package: the package of others that it needs, one of `requirements/peers.txt`.
+        package: the package of others that it needs.
+        requirements: the file in `requirements/` that lists it.
         states: what is counted per channel and token, for subjects whose claims need it: state updates, or 1.
     """
 
@@ -49,6 +50,7 @@ class Subject:
     build: Callable[[Case], Recipe]
     computes: str = field(default="")
     package: str | None = None
+    requirements: str = "peers.txt"
     states: int = 0
 
     def elements(self, case: Case) -> int:
@@ -73,9 +75,9 @@ def result_key(case: Case) -> tuple[str, int, int, bool]:
 
 def missing(case: Case) -> str | None:
     """Why a case cannot run here and what mends it, as a clause; None where it can."""
-    package = SUBJECTS[case.subject].package
-    if package is not None and find_spec(package) is None:
-        return f"{package} is not installed; `pip install -r requirements/peers.txt` installs it"
+    subject = SUBJECTS[case.subject]
+    if subject.package is not None and find_spec(subject.package) is None:
+        return f"{subject.package} is not installed; `pip install -r requirements/{subject.requirements}` installs it"
     if case.path != "native" or FAMILY.missing("native") is None:
         return None
     return f"the compiled kernels cannot run here: {FAMILY.missing('native')}"
@@ -279,8 +281,29 @@ def _of_others() -> dict[str, Subject]:
     }
 
 
+def _exports() -> dict[str, Subject]:
+    """Vim-Tiny and VMamba-Tiny as ONNX files and in int8."""
+    table = {}
+    for key, name in (("vim_tiny", "vim_tiny_patch16_224"), ("vmamba_tiny", "vmamba_tiny_s2l5")):
+        title = {"vim_tiny": "Vim-Tiny", "vmamba_tiny": "VMamba-Tiny"}[key]
+        onnx = partial(exports.onnx_network, name)
+        file = partial(Subject, package="onnxruntime", requirements="test.txt")
+        for scheme in ("chunks", "steps", "chunk24"):
+            way = f"{title} in onnxruntime, {scheme}"
+            table[f"{key}_onnx_{scheme}"] = file(way, partial(onnx, scheme=scheme), computes=key)
+        way = f"{title} in onnxruntime, our operators"
+        table[f"{key}_onnx_operators"] = file(way, partial(onnx, library=True), computes=key)
+        for int8 in ("dynamic", "static"):
+            own = partial(exports.int8_network, name, scheme=int8)
+            table[f"{key}_int8_{int8}"] = Subject(f"{title} in int8, {int8}", own)
+            quantised = partial(onnx, library=True, int8=int8)
+            table[f"{key}_onnx_int8_{int8}"] = file(f"{way}, int8, {int8}", quantised)
+    return table
+
+
 SUBJECTS = {
     **_networks(),
+    **_exports(),
     "block": Subject("block", _block),
     "mixer": Subject("mixer", partial(_mixer, lambda own: own)),
     "inner": Subject("inside of a block", _inner, states=2 * STATE),
