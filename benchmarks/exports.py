@@ -75,6 +75,7 @@ def _session(file: Path, library: Path | None) -> Callable[[Tensor], Tensor]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # threads wait asleep while others are timed
     if library is not None:
         options.register_custom_ops_library(str(library))
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

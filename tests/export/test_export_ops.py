@@ -284,6 +284,14 @@ def test_add_norm(rms: bool, bias: Tensor | None, residual: bool, stored: torch.
     check(add_norm, add_norm_definition, torch.randn(2, 3, 7), residual, torch.randn(7), bias, rms, stored)
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu(approximate: str) -> None:
+    def gelu(x: Tensor, approximate: str) -> Tensor:
+        return nn.functional.gelu(x, approximate=approximate)
+
+    check(gelu, gelu, torch.randn(2, 3, 7) * 3, approximate)
+
+
 # --- whole models ---------------------------------------------------------------------------------------------------
 
 

@@ -74,34 +74,33 @@ def graph_of(name: str, parameters: Sequence[ir.Value], define: Callable[[], Seq
 
 def loop(
     states: Sequence[Any],
-    sequences: dict[str, Any],
+    sequences: Mapping[str, Any],
     turn: Callable[..., tuple[Sequence[Any], Sequence[Any]]],
     shapes: Mapping[str, Sequence[int | None]],
     state_shape: Sequence[int | None],
-    reverse: bool = False,
+    backward: tuple[Sequence[bool], Sequence[bool]] = ((), ()),
 ) -> list[Any]:
     """An ONNX `Scan`: the last states, then what each turn gives, stacked along a new first axis.
 
     Args:
         states: at the start, all of one shape.
-        sequences: what the turns go through, along the first axis; None values are left out.
+        sequences: what the turns go through, along the first axis.
         turn: takes the states, then an element of each sequence by its name; gives states and outputs.
         shapes: of an element of each sequence. state_shape: of a state; None where a size is dynamic.
-        reverse: the turns go from the last element to the first; outputs keep the order of the sequences.
+        backward: which sequences are gone through from the last element to the first, and which outputs are stacked
+            so; none if empty.
     """
     held = [ir.Value(name=f"state_{place}", type=FLOAT, shape=ir.Shape(state_shape)) for place in range(len(states))]
     taken = {name: ir.Value(name=name, type=FLOAT, shape=ir.Shape(shapes[name])) for name in sequences}
-    given = 0
 
     def define() -> Sequence[Any]:
-        nonlocal given
         after, outputs = turn(*held, **taken)
-        given = len(outputs)
         for value in after:
             value.shape = ir.Shape(state_shape)
         return [*after, *outputs]
 
     body = graph_of("turn", [*held, *taken.values()], define)
-    ways = {"scan_input_directions": [1] * len(taken), "scan_output_directions": [1] * given} if reverse else {}
+    names = ("scan_input_directions", "scan_output_directions")
+    ways = {name: [int(way) for way in some] for name, some in zip(names, backward, strict=True) if any(some)}
     inputs = [*states, *sequences.values()]
-    return record("Scan", inputs, len(held) + given, body=body, num_scan_inputs=len(taken), **ways)
+    return record("Scan", inputs, len(body.outputs), body=body, num_scan_inputs=len(taken), **ways)

@@ -9,6 +9,7 @@ Sizes are those of the example that the model is exported with; only the batch m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, update_wrapper
@@ -73,6 +74,7 @@ def table(scheme: str, functions: Functions | None = None) -> dict[Any, Translat
         **translations,
         ops.add_norm.default: _add_norm,
         torch.ops.causal_conv1d.conv1d.default: _conv1d,
+        torch.ops.aten.gelu.default: _gelu,
     }
 
 
@@ -179,6 +181,14 @@ def _normalised(total: Any, weight: Any, bias: Any, eps: float, rms: bool) -> An
     mean = op.ReduceMean(op.Pow(total, number(2.0)), ints(-1))
     scaled = op.Div(total, op.Sqrt(op.Add(mean, number(eps))))
     return _with(op.Mul(scaled, weight), op.Add, bias)
+
+
+def _gelu(x: Any, approximate: str = "none") -> Any:
+    """torch's own GELU, in the order in which runtimes recognise it as one operator, as they do not torch's."""
+    if approximate == "tanh":
+        inner = op.Mul(op.Add(x, op.Mul(op.Pow(x, number(3.0)), number(0.044715))), number(math.sqrt(2 / math.pi)))
+        return op.Mul(op.Mul(x, number(0.5)), op.Add(op.Tanh(inner), number(1.0)))
+    return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, number(math.sqrt(2.0)))), number(1.0))), number(0.5))
 
 
 # --- scans of sequences ---------------------------------------------------------------------------------------------
@@ -384,7 +394,7 @@ def _over_picture(
     channels, states = _sizes(A)[1:]
     rank, count, length = _sizes(dt_weight)[2], len(routes), sides[0] * sides[1]
     if writer.scheme == "chunks" and states == 1:
-        total = scan_lines(x, projected, dt_weight, A, dt_bias, routes)
+        total = scan_lines(x, projected, dt_weight, A, dt_bias, routes, sides)
         return total if D is None else op.Add(total, op.Mul(x, op.ReduceSum(D, ints(0), keepdims=0)))
     rows = op.Reshape(op.Transpose(projected, perm=[3, 0, 1, 2, 4]), ints(count, -1, rank + 2 * states))
     r, B, C = _columns(rows, rank, states, states)
