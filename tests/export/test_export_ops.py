@@ -93,7 +93,7 @@ def packed_scan_definition(columns, A, D, bias, groups, softplus, reverse, z):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("length", [1, 7, 8, 9, 37, 150])
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 37, 150, 1025])
 @pytest.mark.parametrize("states", [1, 3])
 def test_scan_of_any_length(scheme: str, length: int, states: int) -> None:
     x = torch.randn(2, 3 * 6 + 2 * states, length)
