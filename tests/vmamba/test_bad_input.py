@@ -105,7 +105,7 @@ def test_the_scripts_as_processes(folder, line, expected):
             "cut.pth is not a checkpoint that can be read: it is truncated",
         ),
         (f"{INFER} --checkpoint evil_old.pth", "system) besides tensors and numbers, which could run code"),
-        (f"{INFER} --checkpoint det.pth", "det.pth holds no classifier (head.weight)"),
+        (f"{INFER} --checkpoint det.pth", "det.pth holds no classifier (classifier.head.weight)"),
         (f"{INFER} --checkpoint vmamba.pth --num_classes 9", "--num_classes is 9 but the checkpoint has 10 classes"),
         (f"{INFER} --checkpoint vmamba.pth --model vmamba_tiny_s1l8", "belongs to another model (vmamba_tiny_s2l5) ("),
         (f"{INFER} --checkpoint vmamba.pth --img-size 40 3", "cannot be built for (40, 3) pixels"),
