@@ -57,6 +57,11 @@ def _attributes(node: Any) -> dict[str, Any]:
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
+def _operator(node: Any) -> str:
+    """The operator of a node, of this project's own whatever form of it: NAME_2 is NAME for another size."""
+    return str(node.op_type.partition("_")[0] if node.domain else node.op_type)
+
+
 class Rewriting:
     """The main graph of a model on the way from fp32 to int8.
 
@@ -74,7 +79,7 @@ class Rewriting:
 
     def kind(self, node: Any) -> str:
         """What becomes of a node: "product", "convolution", "stored" (its weights alone), or "" (nothing)."""
-        if node.op_type in _X_PROJ:
+        if _operator(node) in _X_PROJ:
             return "stored"
         if node.domain or node.op_type not in ("MatMul", "Gemm", "Conv") or not self._are_weights(node.input[1:]):
             return ""
@@ -114,7 +119,7 @@ class Rewriting:
 
     def _stored(self, node: Any) -> None:
         """Keep the operator in fp32, and its weights as int8."""
-        for place in _X_PROJ.get(node.op_type, (1,)):
+        for place in _X_PROJ.get(_operator(node), (1,)):
             if self._are_weights(node.input[place : place + 1]):
                 node.input[place] = self._stored_weight(node.input[place], node.op_type == "Conv")
         self._nodes.append(node)

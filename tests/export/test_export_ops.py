@@ -352,6 +352,23 @@ def test_constants_are_such_as_older_runtimes_read(name: str, scheme: str) -> No
     assert kinds == {"value"}
 
 
+def test_an_operator_has_a_name_for_each_size() -> None:
+    """Not overloads, which ONNX Runtime up to 1.24 at least confuses."""
+    program = export_onnx(small_vmamba(), small_vim.pictures())
+    names = [function.name for function in program.model.functions.values()]
+    assert names == ["SelectiveScan2D", "SelectiveScan2D_2", "SelectiveScan2D_3", "SelectiveScan2D_4"]
+    assert {function.overload for function in program.model.functions.values()} == {""}
+
+
+def test_what_the_library_has_no_name_for_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mamba_ssm.ops.export_functions.MOST_FORMS", 2)
+    model, x = small_vmamba(), small_vim.pictures()
+    program = export_onnx(model, x)
+    assert len(program.model.functions) == 2
+    with torch.no_grad():
+        assert (run(program, x) - model(x)).abs().max().item() <= 1e-4
+
+
 def test_nothing_but_weights_takes_room() -> None:
     model = small_vim.small_model()
     weights = 4 * sum(weight.numel() for weight in model.parameters())

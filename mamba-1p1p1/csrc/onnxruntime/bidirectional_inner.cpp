@@ -64,7 +64,4 @@ struct BidirectionalInner {
 
 }  // namespace
 
-const OrtCustomOp *bidirectional_inner_op() {
-    static const Op<BidirectionalInner> op;
-    return &op;
-}
+const OrtCustomOp *bidirectional_inner_op(int form) { return form_of<BidirectionalInner>(form); }

@@ -13,8 +13,10 @@ static void keep_freed_memory() {
 static OrtStatus *make_domain(OrtCustomOpDomain *&domain) {
     keep_freed_memory();
     OrtStatus *status = ort->CreateCustomOpDomain("mamba_ssm", &domain);
-    for (const OrtCustomOp *op : {bidirectional_inner_op(), selective_scan_op(), selective_scan_2d_op()}) {
-        if (status == nullptr) status = ort->CustomOpDomain_Add(domain, op);
+    for (int form = 0; form < FORMS; ++form) {
+        for (const OrtCustomOp *op : {bidirectional_inner_op(form), selective_scan_op(form), selective_scan_2d_op(form)}) {
+            if (status == nullptr) status = ort->CustomOpDomain_Add(domain, op);
+        }
     }
     return status;
 }

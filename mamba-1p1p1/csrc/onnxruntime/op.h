@@ -105,9 +105,11 @@ struct Op : OrtCustomOp {
         Team team;
     };
 
+    std::string name = Node::NAME;
+
     Op() : OrtCustomOp{} {
         version = LEAST_API;
-        GetName = [](const OrtCustomOp *) { return Node::NAME; };
+        GetName = [](const OrtCustomOp *op) { return static_cast<const Op *>(op)->name.c_str(); };
         GetExecutionProviderType = [](const OrtCustomOp *) -> const char * { return nullptr; };
         GetInputTypeCount = [](const OrtCustomOp *) { return sizeof Node::INPUTS / sizeof(Input); };
         GetOutputTypeCount = [](const OrtCustomOp *) { return Node::OUTPUTS; };
@@ -137,10 +139,24 @@ struct Op : OrtCustomOp {
     }
 };
 
+// A file defines an op once for each size that it is used with, and runtimes tell these definitions apart by name alone:
+// NAME, NAME_2, NAME_3 ... are one op.
+constexpr int FORMS = 32;
+
+template <class Node>
+const OrtCustomOp *form_of(int form) {
+    static const Op<Node> *const forms = [] {
+        auto *made = new Op<Node>[FORMS];
+        for (int i = 1; i < FORMS; ++i) made[i].name += "_" + std::to_string(i + 1);
+        return made;
+    }();
+    return forms + form;
+}
+
 // The kernels for this machine.
 const Kernels &kernels();
 
-// The ops, each in its own file.
-const OrtCustomOp *bidirectional_inner_op();
-const OrtCustomOp *selective_scan_op();
-const OrtCustomOp *selective_scan_2d_op();
+// The ops, each in its own file; forms count from 0.
+const OrtCustomOp *bidirectional_inner_op(int form);
+const OrtCustomOp *selective_scan_op(int form);
+const OrtCustomOp *selective_scan_2d_op(int form);

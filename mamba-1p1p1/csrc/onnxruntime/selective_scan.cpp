@@ -77,7 +77,4 @@ struct SelectiveScan {
 
 }  // namespace
 
-const OrtCustomOp *selective_scan_op() {
-    static const Op<SelectiveScan> op;
-    return &op;
-}
+const OrtCustomOp *selective_scan_op(int form) { return form_of<SelectiveScan>(form); }

@@ -67,7 +67,4 @@ struct SelectiveScan2D {
 
 }  // namespace
 
-const OrtCustomOp *selective_scan_2d_op() {
-    static const Op<SelectiveScan2D> op;
-    return &op;
-}
+const OrtCustomOp *selective_scan_2d_op(int form) { return form_of<SelectiveScan2D>(form); }

@@ -13,6 +13,9 @@ The operators are those of the domain "mamba_ssm", version 1; all tensors are fp
         as `selective_scan_2d`, with its argument `directions` as an attribute
     SelectiveScan(u, delta, A, B, C, D?, delta_bias?, z?) -> out, last_state
         as `selective_scan`, with `softplus` and `reverse` as attributes of 0 or 1
+
+A definition holds the sizes that it is for. Of an operator that is used with several, the second is called NAME_2, the
+next NAME_3 and so on: overloads, which ONNX has for that, are confused by ONNX Runtime up to 1.24 at least.
 """
 
 from __future__ import annotations
@@ -27,13 +30,14 @@ from mamba_ssm.ops.export_graph import FLOAT, add_node, graph_of
 
 DOMAIN = "mamba_ssm"
 VERSION = 1
+MOST_FORMS = 32  # of one operator that the library knows; what goes beyond is written in its place
 
 
 class Functions:
     """The functions that a model turns out to need, one for each operator and the sizes that it is used with."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, ir.Function] = {}
+        self._known: dict[tuple[Any, ...], ir.Function] = {}
 
     def call(
         self,
@@ -52,12 +56,14 @@ class Functions:
         """
         key = (name, *sizes, *map(_form, inputs), *sorted(attributes.items()))
         if key not in self._known:
-            overload = str(1 + sum(known.name == name for known in self._known.values()))
-            self._known[key] = _define(name, overload, inputs, define)
+            form = 1 + sum(known[0] == name for known in self._known)
+            if form > MOST_FORMS:
+                return define(list(inputs))
+            self._known[key] = _define(name if form == 1 else f"{name}_{form}", inputs, define)
         function = self._known[key]
         given = ir.convenience.convert_attributes(attributes)
         count = len(function.outputs)
-        node = ir.Node(DOMAIN, name, inputs, given, overload=function.overload, num_outputs=count, version=VERSION)
+        node = ir.Node(DOMAIN, function.name, inputs, given, num_outputs=count, version=VERSION)
         for value, like in zip(node.outputs, function.outputs, strict=True):
             value.type, value.shape = FLOAT, like.shape
         return add_node(node)
@@ -79,9 +85,7 @@ def _form(value: Any) -> Any:
     return tuple(size if isinstance(size, int) else None for size in value.shape)
 
 
-def _define(
-    name: str, overload: str, inputs: Sequence[Any], define: Callable[[list[Any]], Sequence[Any]]
-) -> ir.Function:
+def _define(name: str, inputs: Sequence[Any], define: Callable[[list[Any]], Sequence[Any]]) -> ir.Function:
     parameters = [ir.Value(name=f"input_{place}") for place in range(len(inputs))]
     given: list[Any] = []
     for parameter, value in zip(parameters, inputs, strict=True):
@@ -89,4 +93,4 @@ def _define(
             parameter.type, parameter.shape = value.type, value.shape
         given.append(None if value is None else parameter)
     graph = graph_of("output", parameters, lambda: define(given))
-    return ir.Function(DOMAIN, name, overload, graph=graph, attributes=())
+    return ir.Function(DOMAIN, name, graph=graph, attributes=())
