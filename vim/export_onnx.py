@@ -9,6 +9,7 @@ python vim/export_onnx.py --checkpoint vim_tiny.pth --output vim_tiny.pt2
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -18,7 +19,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import DEFAULT_MODEL, add_kernel_flags, add_size_flag, note, pip_install, positive, run_script
+from command_line import (
+    DEFAULT_MODEL,
+    Errors,
+    UsageError,
+    add_kernel_flags,
+    add_size_flag,
+    note,
+    pip_install,
+    positive,
+    run_script,
+    torch_environment,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +43,7 @@ if TYPE_CHECKING:
 SCHEMES = ("chunks", "steps")
 ONNX, ARCHIVE = ".onnx", ".pt2"
 METADATA = "metadata.json"  # in an archive
+LEAST_OPSET = 18
 STAGES = 4
 BATCHES = (1, 3)  # of the random pictures that the file is compared on
 
@@ -42,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         "for any batch of pictures of one size, and compare its numbers with PyTorch's.",
         epilog="An archive holds this project's ops: import mamba_ssm before torch.export.load reads it, and load only "
         "archives that you trust. Exit code: 0, 1 if the file's logits differ from PyTorch's by more than the "
-        "tolerance, 2 if the command cannot be carried out.",
+        "tolerance (the file stays), 2 if the command cannot be carried out.",
     )
     add = parser.add_argument
     add("--output", required=True, metavar="FILE", help="the file to write; ends in .onnx or .pt2")
@@ -91,14 +104,10 @@ def export_and_compare(args: argparse.Namespace) -> int:
     import torch
 
     from classify import load_classifier
-    from flags import UsageError
     from int8 import is_quantized
     from model_setup import chosen_backend
 
-    path = _checked_output(args.output)
-    _check_flags(args, path)
-    if path.suffix == ONNX:
-        _require_packages()
+    path = Path(args.output)
     if args.threads:
         torch.set_num_threads(args.threads)
     _stage(1, "reading the model")
@@ -135,35 +144,44 @@ def _stage(number: int, text: str) -> None:
     note(f"[{number}/{STAGES}] {text}")
 
 
-def _checked_output(text: str) -> Path:
-    from flags import UsageError
-
-    path = Path(text)
+def environment(args: argparse.Namespace) -> Errors:
+    """Refuse what cannot be done, then import what the work needs; an `environment` of `run_script`."""
+    path = Path(args.output)
     if path.suffix not in (ONNX, ARCHIVE):
-        raise UsageError(f"--output must end in {ONNX} or {ARCHIVE}, got {text}")
+        raise UsageError(f"--output must end in {ONNX} or {ARCHIVE}, got {args.output}")
     if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(f"--output {text} is a folder" if path.is_dir() else f"--output: no folder {path.parent}")
-    return path
-
-
-def _check_flags(args: argparse.Namespace, path: Path) -> None:
-    from flags import UsageError
-
+        raise UsageError(f"--output {path} is a folder" if path.is_dir() else f"--output: no folder {path.parent}")
     for name in ("scan", "opset", "weights", "inline"):
         if path.suffix == ARCHIVE and getattr(args, name):
             raise UsageError(f"--{name} is of ONNX files alone, and --output {path} is an archive of torch.export")
+    if path.suffix == ONNX:
+        _require_packages()
+        _require_opset(args.opset)
+    from onnx_file import OnnxError, is_onnx
+
+    if is_onnx(args.checkpoint):
+        raise UsageError(f"{args.checkpoint} is an ONNX file already: --checkpoint takes the weights that it is of")
+    return *torch_environment(args), OnnxError
 
 
 def _require_packages() -> None:
     """Raise UsageError before any work if what the export or the comparison needs is missing."""
     import importlib.util
 
-    from flags import UsageError
-
     needed = ("onnx", "onnxscript", "onnxruntime")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"the export needs {' and '.join(missing)}: run {pip_install(' '.join(missing))}")
+
+
+def _require_opset(opset: int | None) -> None:
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and not LEAST_OPSET <= opset <= newest:
+        raise UsageError(
+            f"--opset must be from {LEAST_OPSET} to {newest}, which the installed onnx ends with, got {opset}"
+        )
 
 
 def _random_pictures(classifier: Classifier) -> list[tuple[str, Tensor]]:
@@ -210,8 +228,7 @@ def _write_onnx(classifier: Classifier, path: Path, args: argparse.Namespace, st
     import torch
 
     from checkpoint_sources import first_line
-    from flags import UsageError
-    from mamba_ssm.ops.export import LEAST_OPSET, export_onnx
+    from mamba_ssm.ops.export import export_onnx
 
     scheme, example = args.scan or SCHEMES[0], torch.zeros(1, *classifier.shape)
     try:
@@ -231,7 +248,8 @@ def _write_onnx(classifier: Classifier, path: Path, args: argparse.Namespace, st
     defining = sum(sum(1 for _ in function.all_nodes()) for function in program.model.functions.values())
     of_functions = f" and {defining} in definitions" if defining else ""
     _, height, width = classifier.shape
-    note(f"{path}: {nodes} nodes{of_functions}, {size / 1e6:.1f} MB, any batch of {height} x {width} pixels")
+    beside = f" with {path.name}.data, which must keep its name" if args.weights == "beside" else ""
+    note(f"{path}: {nodes} nodes{of_functions}, {size / 1e6:.1f} MB{beside}, any batch of {height} x {width} pixels")
 
 
 def _write_with_weights_beside(program: Any, path: Path) -> int:
@@ -261,7 +279,6 @@ def _write_archive(classifier: Classifier, path: Path, args: argparse.Namespace,
     import torch
 
     from checkpoint_sources import first_line
-    from flags import UsageError
 
     example = torch.zeros(2, *classifier.shape)  # a batch of one would be taken for a size that is always one
     sizes = ({0: torch.export.Dim("batch", min=1, max=2**16)},)
@@ -273,11 +290,9 @@ def _write_archive(classifier: Classifier, path: Path, args: argparse.Namespace,
     _stage(3, f"writing {path}, after {time.monotonic() - start:.0f} s")
     said = {METADATA: json.dumps(_description(classifier), ensure_ascii=False)}
 
-    def save(file: Path) -> None:
-        with open(file, "wb") as opened:
-            torch.export.save(program, opened, extra_files=said)
-
-    _write(path, save)
+    archive = io.BytesIO()  # on a full disk torch's own writer ends the process
+    torch.export.save(program, archive, extra_files=said)
+    _write(path, lambda file: file.write_bytes(archive.getbuffer()))
     _, height, width = classifier.shape
     note(f"{path}: {path.stat().st_size / 1e6:.1f} MB, any batch of {height} x {width} pixels")
 
@@ -325,7 +340,7 @@ def _compare(
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    return run_script(build_parser(), export_and_compare, arguments)
+    return run_script(build_parser(), export_and_compare, arguments, environment)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what runs the model (default: onnxruntime for ONNX files, torch for all else)")  # fmt: skip
     add("--custom-ops", default="auto", metavar="LIBRARY",
         help="this project's operators for ONNX files: a library, none, or auto: that of an installed mamba_ssm, or "
-        "kernels.onnxruntime.so beside the file (default: auto)")  # fmt: skip
+        "kernels.onnxruntime.so in the folder of this program (default: auto)")  # fmt: skip
     return parser
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from command_line import UsageError
 from labels import class_names_for
-from onnx_session import OnnxError, OnnxModel, open_session
+from onnx_session import LARGEST, OnnxError, OnnxModel, open_session
 from pictures import IMAGENET_MEAN, IMAGENET_STD, LEAST_CROP_RATIO, EvalTransform, eval_transform
 
 if TYPE_CHECKING:
@@ -125,6 +125,6 @@ def transform_of(model: OnnxModel) -> EvalTransform:
 def _are(found: object, wanted: Sequence[float]) -> bool:
     values = found if isinstance(found, list) else [found]
     return len(values) == len(wanted) and all(
-        isinstance(value, int | float) and math.isclose(value, number, rel_tol=1e-6)
+        isinstance(value, int | float) and abs(value) < LARGEST and math.isclose(value, number, rel_tol=1e-6)
         for value, number in zip(values, wanted, strict=True)
     )

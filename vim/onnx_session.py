@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import math
 import os
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +24,16 @@ if TYPE_CHECKING:
 __all__ = ["CUSTOM_OPS", "OnnxError", "OnnxModel", "is_onnx", "open_session", "usable_cores"]
 
 CUSTOM_OPS = "kernels.onnxruntime.so"
-"""Name of the library of this project's own operators, in the folder of `mamba_ssm` or beside a model."""
+"""Name of the library of this project's own operators, in the folder of `mamba_ssm` or in `PROGRAMS`."""
+
+PROGRAMS = Path(__file__).resolve().parent
+"""Where these programs are. Never the folder of a model: who sends one could send a library with it, which is run."""
 
 DOMAIN = "mamba_ssm"  # of these operators; the package has the same name
 INPUT, OUTPUT = "input", "logits"
 _WRITE_IT = "write it with `python vim/export_onnx.py --checkpoint WEIGHTS --output FILE.onnx`"
 _log = logging.getLogger(__name__)
+LARGEST = 1e6  # of a ratio in the metadata
 _LONGEST_REASON = 300  # characters of what onnxruntime says
 
 
@@ -99,7 +103,7 @@ def open_session(path: str | Path, *, threads: int | None = None, custom_ops: st
         path: the file.
         threads: of an operator; None: one for each core that this process may use.
         custom_ops: library of this project's own operators: "auto", that of the installed `mamba_ssm` or
-            `kernels.onnxruntime.so` beside the file, if the file has such operators; "none"; or a path.
+            `kernels.onnxruntime.so` beside these programs, if the file has such operators; "none"; or a path.
     Raises:
         OnnxError: it cannot be opened, or is not such a file; one sentence says why.
     """
@@ -173,6 +177,7 @@ def _load_library(options: Any, asked: str, path: Path, header: Header) -> Path 
     if library is None:
         return None
     try:
+        _require_whole(library)
         options.register_custom_ops_library(str(library.absolute()))
     except Exception as error:  # onnxruntime's errors have no class of their own in common
         said = f"{library} is no library of operators that this onnxruntime can load ({_reason(error)})"
@@ -185,6 +190,19 @@ def _load_library(options: Any, asked: str, path: Path, header: Header) -> Path 
     return library
 
 
+def _require_whole(library: Path) -> None:
+    """Raise ValueError for an ELF library that was cut short, which the loader would map, and end the process."""
+    with open(library, "rb") as file:
+        header = file.read(64)
+    if header[:5] != b"\x7fELF\x02" or len(header) < 64:  # not of Linux on 64 bits: what loads it says so
+        return
+    order = "<" if header[5] == 1 else ">"
+    (sections,) = struct.unpack_from(f"{order}Q", header, 40)
+    size, count = struct.unpack_from(f"{order}HH", header, 58)
+    if library.stat().st_size < sections + size * count:
+        raise ValueError("it was cut short: copy it again")
+
+
 def _find_library(asked: str, path: Path, header: Header) -> Path | None:
     if asked == "none":
         return None
@@ -195,7 +213,7 @@ def _find_library(asked: str, path: Path, header: Header) -> Path | None:
         return library
     if DOMAIN not in header.domains:
         return None
-    places = [path.absolute().parent / CUSTOM_OPS]
+    places = [PROGRAMS / CUSTOM_OPS]
     package = importlib.util.find_spec(DOMAIN)  # finds it without importing it, and with it torch
     if package is not None:
         places[:0] = [Path(folder) / CUSTOM_OPS for folder in package.submodule_search_locations or ()]
@@ -213,7 +231,7 @@ def _why_closed(source: str, version: str, header: Header, library: Path | None,
     if _needs_library(header) and DOMAIN in reason:
         if library is not None:
             return f"{source} has an operator that {library} lacks ({reason}); build both from the same version."
-        absent = f"none is in an installed mamba_ssm or beside the file as {CUSTOM_OPS}"
+        absent = f"none is in an installed mamba_ssm or in {PROGRAMS} as {CUSTOM_OPS}"
         how = "--custom-ops none leaves it away" if asked == "none" else absent
         return (
             f"{source} needs the library of this project's own operators, and {how}; name it with --custom-ops "
@@ -280,7 +298,9 @@ def _preprocessing(header: Header, source: str, size: Sequence[int]) -> dict[str
 
 
 def _is_ratio(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value < LARGEST  # compares whole numbers of any size, where math.isfinite overflows
 
 
 def _from_json(text: str) -> Any:

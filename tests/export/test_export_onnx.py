@@ -44,6 +44,18 @@ def write_checkpoint(name: str = "w.safetensors") -> None:
     save_checkpoint(name, {"model": weights, "class_names": NAMES, "model_name": MODEL, "img_size": 32})
 
 
+def test_a_runtime_that_cannot_run_the_file_is_told(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnx_session
+
+    def refuse(path: Path, **_: object) -> None:
+        raise onnx_session.OnnxError(f"onnxruntime 1.2.3 cannot open {path}: opset 28 is too new.")
+
+    monkeypatch.setattr(onnx_session, "open_session", refuse)
+    code, _, err = call("--model", MODEL, "--output", "m.onnx")
+    assert code == 2
+    assert err.splitlines()[-1] == "error: onnxruntime 1.2.3 cannot open m.onnx: opset 28 is too new."
+
+
 def test_schemes_are_those_of_the_export() -> None:
     assert export_onnx.SCHEMES == export.SCHEMES
 
@@ -136,7 +148,9 @@ def test_a_difference_above_the_tolerance_is_an_error(call: Call) -> None:
         (("--output", "m.onnx", "--model", "vim_pico_patch4_23"), "vim_pico_patch4_32"),
         (("--output", "m.onnx", "--checkpoint", "none.pth"), "none.pth"),
         (("--output", "m.onnx", "--model", MODEL, "--image", "none.png"), "none.png"),
-        (("--output", "m.onnx", "--model", MODEL, "--opset", "9"), "from 18 to"),
+        (("--output", "m.onnx", "--model", MODEL, "--opset", "9"), "--opset must be from 18 to"),
+        (("--output", "m.onnx", "--model", MODEL, "--opset", "999"), "--opset must be from 18 to"),
+        (("--output", "m.onnx", "--checkpoint", "other.onnx"), "other.onnx is an ONNX file already"),
         (("--output", "m.onnx", "--scan", "cumsum"), "invalid choice"),
         (("--output", "m.onnx", "--tolerance", "-1"), "a number from 0 on"),
     ],

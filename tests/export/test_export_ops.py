@@ -388,6 +388,13 @@ def test_a_training_model_is_refused() -> None:
         export_onnx(small_vim.small_model().train(), small_vim.pictures())
 
 
+def test_a_model_in_int8_is_refused() -> None:
+    from mamba_ssm.modules.int8 import quantize
+
+    with pytest.raises(ValueError, match="export the plain one"):
+        export_onnx(quantize(small_vim.small_model()), small_vim.pictures())
+
+
 def test_an_old_opset_is_refused() -> None:
     with pytest.raises(ValueError, match="from 18 to"):
         export_onnx(small_vim.small_model(), small_vim.pictures(), opset=17)

@@ -266,7 +266,7 @@ def test_operators_without_their_library(path: Path, no_package: None) -> None:
     onnx_files.write(path, onnx_files.with_own_operator(defined=False))
     text = refusal(path)
     assert "needs the library of this project's own operators" in text
-    assert "beside the file as kernels.onnxruntime.so" in text
+    assert f"in {onnx_session.PROGRAMS} as kernels.onnxruntime.so" in text
     assert "--custom-ops none leaves it away" in refusal(path, custom_ops="none")
 
 
@@ -283,9 +283,27 @@ def test_a_library_that_is_none(path: Path, no_package: None) -> None:
         open_session(path, custom_ops=str(wrong))
 
 
-def test_a_library_beside_the_file_is_found_where_it_is_needed(
-    path: Path, no_package: None, caplog: pytest.LogCaptureFixture
+def test_a_library_beside_a_model_is_not_run(path: Path, no_package: None) -> None:
+    """Who sends a model could send one with it."""
+    path.with_name(onnx_session.CUSTOM_OPS).write_bytes(b"no library")
+    onnx_files.write(path, onnx_files.with_own_operator(defined=False))
+    assert "none is in an installed mamba_ssm or in" in refusal(path)
+
+
+def test_a_library_that_was_cut_short(path: Path, no_package: None) -> None:
+    """The loader would map it, and the process would end with a bus error."""
+    onnx_files.write(path)
+    whole = next(Path(np.__file__).parent.rglob("*.so")).read_bytes()
+    cut = path.with_name("cut.so")
+    cut.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OnnxError, match=r"cut.so is no library .*it was cut short: copy it again"):
+        open_session(path, custom_ops=str(cut))
+
+
+def test_a_library_beside_the_programs_is_found_where_it_is_needed(
+    path: Path, no_package: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(onnx_session, "PROGRAMS", path.parent)
     path.with_name(onnx_session.CUSTOM_OPS).write_bytes(b"no library")
     assert open_session(onnx_files.write(path)).custom_ops is None
     assert not caplog.records
@@ -308,6 +326,7 @@ def test_the_library_of_the_package_goes_first(path: Path, monkeypatch: pytest.M
     spec = importlib.machinery.ModuleSpec("mamba_ssm", None, is_package=True)
     spec.submodule_search_locations = [str(package)]
     monkeypatch.setattr(onnx_session.importlib.util, "find_spec", {"mamba_ssm": spec}.get)
+    monkeypatch.setattr(onnx_session, "PROGRAMS", path.parent)
     for folder in (package, path.parent):
         (folder / onnx_session.CUSTOM_OPS).write_bytes(b"no library")
     onnx_files.write(path, onnx_files.with_own_operator(defined=False))

@@ -27,11 +27,11 @@ _UNLIMITED = 2**62  # bytes of a constant that is computed while exporting: all 
 
 
 def onnx_translations(scheme: str = SCHEMES[0]) -> dict[Any, Callable[..., Any]]:
-    """Return the `custom_translation_table` for `torch.onnx.export(..., dynamo=True)`.
+    """Return the `custom_translation_table` for `torch.onnx.export(..., dynamo=True)`, called under `torch.no_grad()`.
 
     With it a model that calls the ops of `mamba_ssm` and `causal_conv1d`, in evaluation mode and in fp32, becomes a
     graph of ONNX's own operators (opset 18) that any runtime can run. The batch may be dynamic; every other size is
-    that of the example input.
+    that of the example input. `export_onnx` does all of it.
 
     Args:
         scheme: one of `SCHEMES`.
@@ -91,8 +91,11 @@ def export_onnx(
         raise ValueError(f"`opset` must be from {LEAST_OPSET} to {newest}, got {opset}")
     if model.training:
         raise ValueError("a model is exported as it predicts: call .eval() on it first")
+    from mamba_ssm.modules.int8 import layers_of
     from mamba_ssm.ops import export_functions, export_ops
 
+    if layers_of(model):
+        raise ValueError("a model in int8 cannot be exported: export the plain one, and quantise the file")
     known = export_functions.Functions() if functions else None
     with torch.no_grad(), warnings.catch_warnings(), _without_notes("onnxscript"):
         warnings.simplefilter("ignore")  # of torch and onnxscript about themselves
@@ -135,7 +138,8 @@ def _exported(
 def custom_ops_library() -> Path | None:
     """The library with which ONNX Runtime computes this project's operators fast, if it was built.
 
-    Register it with `SessionOptions.register_custom_ops_library(str(path))`.
+    Where it is not None, register it with `SessionOptions.register_custom_ops_library(str(path))`. It is the file
+    kernels.onnxruntime.so in the folder of `mamba_ssm`, for programs that do not import that.
     """
     path = Path(__file__).resolve().parent.parent / "kernels.onnxruntime.so"
     return path if path.is_file() else None
