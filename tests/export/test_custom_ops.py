@@ -519,7 +519,7 @@ def test_one_file_gives_the_same_with_and_without_the_library(name: str) -> None
     make, possible = MODELS[name]
     model = make()
     proto = export_onnx(model, small_vim.pictures(batch=1)).model_proto
-    used = {node.op_type for node in proto.graph.node if node.domain == "mamba_ssm"}
+    used = {node.op_type.partition("_")[0] for node in proto.graph.node if node.domain == "mamba_ssm"}
     assert used
     assert used <= possible
     graph = proto.SerializeToString()
