@@ -60,12 +60,12 @@ def make_quantized(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give a model the quantised layers that a state dict has weights for.
 
     Raises:
-        CheckpointError: they are another model's.
+        CheckpointError: they are another model's, or damaged.
     """
     try:
         int8.prepare(model, state, _replacements_for(model))
     except ValueError as error:
-        raise CheckpointError(f"the checkpoint belongs to another model: {error}") from error
+        raise CheckpointError(f"the quantized checkpoint is damaged or belongs to another model: {error}") from error
 
 
 def refuse_quantized(state: Mapping[str, Tensor], source: str) -> None:

@@ -39,10 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", required=True, metavar="FILE",
         help="the file to write: .safetensors or .pth, or of an .onnx file .onnx")  # fmt: skip
     add("--scheme", choices=SCHEMES, default=SCHEMES[0],
-        help="dynamic: each row of a layer's inputs is rounded by its own largest number; static: all of them by a "
-        "step found on pictures (default: dynamic)")  # fmt: skip
+        help="dynamic: each row of a layer's inputs is rounded by its own largest number, or in an ONNX file all rows "
+        "of a batch by their range; static: all inputs by a step found on pictures (default: dynamic)")  # fmt: skip
     add("--calibrate", nargs="+", default=[], metavar="PICTURE",
-        help="what static steps are found on: files, folders, glob patterns; of the model's kind")  # fmt: skip
+        help="what static steps are found on, pictures of the model's kind: files, glob patterns, folders; of a folder "
+        "without pictures those of its sub-folders, as DIR/CLASS/*.jpg or DIR/train/CLASS/*.jpg")  # fmt: skip
     add("--calibration-size", type=positive, default=128, metavar="N",
         help="use at most N of these, evenly picked (default: 128)")  # fmt: skip
     add("--data-path", metavar="DIR",
@@ -65,6 +66,10 @@ def check(args: argparse.Namespace) -> None:
         UsageError: names the flag and what it got.
     """
     output, is_onnx = Path(args.output), args.checkpoint.lower().endswith(".onnx")
+    if not args.checkpoint.strip():
+        raise UsageError("--checkpoint is empty: name the file, address or repository to quantize")
+    if is_onnx and args.backend != "auto":
+        raise UsageError(f"--backend chooses kernels of torch's: leave --backend {args.backend} away for an ONNX file")
     if output.suffix.lower() not in (ENDINGS[-1:] if is_onnx else ENDINGS[:-1]):
         expected = "in .onnx, as --checkpoint does" if is_onnx else "in .safetensors or .pth"
         raise UsageError(f"--output must end {expected}, got {args.output}")
@@ -108,10 +113,10 @@ def _calibration(args: argparse.Namespace, network: Network) -> Iterator[Tensor]
     """Yield batches of prepared pictures, with a line of progress."""
     import torch
 
-    from pictures import find_pictures, open_picture
+    from pictures import open_picture
     from progress import Progress
 
-    sources = find_pictures(args.calibrate)
+    sources = _calibration_sources(args.calibrate)
     count = min(len(sources), args.calibration_size)
     chosen = [sources[i * len(sources) // count] for i in range(count)]
     progress = Progress("Calibration", count)
@@ -120,6 +125,30 @@ def _calibration(args: argparse.Namespace, network: Network) -> Iterator[Tensor]
         yield torch.stack(batch)
         progress.advance(len(batch))
     progress.close()
+
+
+def _calibration_sources(named: Sequence[str]) -> list[str]:
+    """What `find_pictures` finds; of a folder without pictures, what its sub-folders have, or those in them."""
+    from pictures import find_pictures
+
+    found: list[str] = []
+    for source in named:
+        own, level = find_pictures([source]), [source]
+        for _ in range(2):
+            if own != [source] or not Path(source).is_dir():
+                break
+            level = [str(inner) for folder in level for inner in _folders_in(folder)]
+            own = [path for folder in level for path in find_pictures([folder]) if path != folder] or own
+        found += own
+    return list(dict.fromkeys(found))
+
+
+def _folders_in(folder: str) -> list[Path]:
+    """Its sub-folders, sorted, but those that are hidden; none if it cannot be read."""
+    try:
+        return sorted(inner for inner in Path(folder).iterdir() if inner.is_dir() and not inner.name.startswith("."))
+    except OSError:
+        return []
 
 
 def environment(args: argparse.Namespace) -> Errors:

@@ -23,7 +23,7 @@ from engine import Evaluation, measure, name_unreadable
 from flags import get_args_parser
 from int8 import is_quantized, quantize_model, stored
 from onnx_file import is_onnx
-from pictures import EvalTransform
+from pictures import EvalTransform, PictureError
 
 PASSES = 15  # forward passes that are timed, of each network in turn
 COMPARED = 32  # pictures whose logits are compared
@@ -38,6 +38,7 @@ class Network:
         names: class names by number for people; folder_names: those that class folders may have, None if unknown.
         size: of its pictures, (height, width) in pixels.
         weights: bytes of its weights, in fp32 unless it is quantised.
+        operators: of an ONNX file, whether it runs with this project's own, in words.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Network:
     size: tuple[int, int]
     transform: EvalTransform
     weights: int
+    operators: str | None = None
 
 
 def open_network(
@@ -85,8 +87,12 @@ def _open_onnx(
     network = OnnxNetwork(model)
     return Network(
         network, source, model.name, model.class_names, network.folder_names, model.size, transform_of(model),
-        Path(source).stat().st_size,
+        Path(source).stat().st_size, _operators(model.custom_ops),
     )  # fmt: skip
+
+
+def _operators(library: Path | None) -> str:
+    return "without this project's operators" if library is None else f"with this project's operators ({library})"
 
 
 def write_quantized(network: Network, output: Path, scheme: str, calibration: Callable[[], Iterator[Tensor]]) -> None:
@@ -95,7 +101,7 @@ def write_quantized(network: Network, output: Path, scheme: str, calibration: Ca
     Args:
         calibration: called once for batches of prepared pictures if the scheme is static.
     Raises:
-        UsageError, CheckpointError: it cannot be done, or written; one sentence says why.
+        UsageError, CheckpointError, PictureError: it cannot be done, or written; one sentence says why.
     """
     batches = calibration() if scheme == "static" else None
     if is_onnx(network.source):
@@ -107,6 +113,8 @@ def write_quantized(network: Network, output: Path, scheme: str, calibration: Ca
         raise UsageError(f"{network.source} is quantized already: name the checkpoint that it was made of")
     try:
         model = quantize_model(copy.deepcopy(network.model), scheme, batches or ())
+    except PictureError:
+        raise
     except ValueError as error:
         raise UsageError(f"{network.source} cannot be quantized: {error}") from error
     height, width = network.size
@@ -132,6 +140,9 @@ def compare(before: Network, after: Network, loader: DataLoader[Any] | None) -> 
         f"one picture: {1000 * times[0]:.1f} ms before, {1000 * times[1]:.1f} ms after, ratio "
         f"{times[1] / times[0]:.3f} (medians of {PASSES} passes in turn, {torch.get_num_threads()} threads)"
     )
+    if before.operators is not None:
+        alike = before.operators == after.operators
+        print(f"measured {before.operators}" + ("" if alike else f" before, {after.operators} after"))
     _print_differences(before, after, loader)
     if loader is None:
         print("accuracy: not measured, as there is no --data-path")

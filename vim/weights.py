@@ -121,8 +121,9 @@ def _check_shapes(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     if not wrong:
         return
     given = {key: tuple(state[key].shape) for key in wrong}
-    if set(wrong) <= {*_HEAD, *_QUANTIZED_HEAD} and all(given.values()):  # a scalar counts no classes
-        key = wrong[0]
+    heads = [key for key in wrong if key in _HEAD and given[key] and given[key][0] != own[key].shape[0]]
+    if heads and set(wrong) <= {*_HEAD, *_QUANTIZED_HEAD}:
+        key = heads[0]
         raise CheckpointError(
             f"the checkpoint has {given[key][0]} classes but the model has {own[key].shape[0]}: create the model with "
             f"num_classes={given[key][0]}, or leave the checkpoint's head out"

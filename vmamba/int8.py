@@ -36,7 +36,7 @@ class Int8SS2D(SS2D):
             plain.bias = nn.Parameter(bias.detach().flatten())
             del mixer.x_proj_bias
         del mixer.x_proj_weight
-        mixer.projection = int8.Int8Linear(plain)
+        mixer.projection = int8.Int8Linear(plain).train(mixer.training)
         mixer.__class__ = Int8SS2D
         return mixer
 

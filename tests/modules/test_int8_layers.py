@@ -120,7 +120,9 @@ def test_a_mixer_with_a_bias_of_its_projection_and_a_cascade():
     mixer.x_proj_bias = nn.Parameter(torch.randn(4, mixer.dt_rank + 4))
     x = torch.randn(1, 5, 4, 8)
     want = mixer(x)
-    assert relative(quantize(nn.Sequential(mixer), replacements=REPLACEMENTS)(x), want) < 0.05
+    network = quantize(nn.Sequential(mixer).eval(), replacements=REPLACEMENTS)
+    assert relative(network(x), want) < 0.05
+    assert not any(module.training for module in network.modules())
     cascade = nn.Sequential(SS2D(8, d_state=2, forward_type="v052dc").eval())
     want = cascade(x)
     assert replace_layers(cascade, REPLACEMENTS) == ["0.in_proj", "0.out_proj"]
@@ -155,7 +157,7 @@ def test_the_size_of_a_state_dict():
         return sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
     model = nn.Linear(400, 300)
-    assert size(quantize(nn.Sequential(copy.deepcopy(model)))) < 0.27 * size(model)
+    assert size(quantize(nn.Sequential(copy.deepcopy(model)).eval())) < 0.27 * size(model)
 
 
 def test_scales_stay_in_fp32_whatever_the_model_gets():
@@ -195,6 +197,14 @@ def test_the_best_step_has_the_least_squared_error():
     assert step < 60 / 127
 
 
+def test_the_best_step_may_be_octaves_below_the_largest_number():
+    counts = Magnitudes()
+    counts(torch.randn(100_000))
+    counts.counts *= 10
+    counts(torch.tensor([60.0]))
+    assert 4 / 127 < counts.best_step() < 15 / 127
+
+
 def test_a_step_of_few_numbers_covers_them():
     counts = Magnitudes()
     counts(torch.tensor([0.0, -3.0, 2.0, 1e-20]))
@@ -207,13 +217,92 @@ def test_a_step_of_few_numbers_covers_them():
         (lambda model: quantize(model, "statik"), "must be one of dynamic, static, got 'statik'"),
         (lambda model: quantize(model, "static"), "`calibration` must give"),
         (lambda model: quantize(quantize(model)), "quantised already"),
-        (lambda model: quantize(nn.Sequential(nn.ReLU())), "no linear layer or convolution"),
+        (lambda model: quantize(nn.Sequential(nn.ReLU()).eval()), "no linear layer or convolution"),
         (lambda model: quantize(model, "static", [torch.zeros(1, 3, 32, 32)]), "nothing but zeros"),
+        (lambda model: quantize(model, "static", [pictures(), pictures() * float("nan")]), "that are not finite"),
+        (lambda model: quantize(model, "static", [pictures() * float("inf")]), "that are not finite"),
+        (lambda model: quantize(model, "static", pictures()), r"list of batches, got one tensor: write \[batch\]"),
+        (lambda model: quantize(model, "dynamic", [pictures()]), 'for the scheme "static"'),
+        (lambda model: quantize(model.train()), "is in training mode"),
+        (lambda model: quantize(nn.Sequential(model, nn.Dropout().train())), "is in training mode"),
     ],
 )
 def test_what_cannot_be_quantised_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call(small_model())
+
+
+def test_a_failed_calibration_leaves_steps_of_each_row():
+    model = small_model()
+    with pytest.raises(ValueError, match=r"patch_embed\.proj: the calibration saw numbers that are not finite"):
+        quantize(model, "static", [pictures() * float("nan")])
+    assert all(layer.input_step is None and layer.observe is None for layer in layers_of(model).values())
+    assert torch.equal(model(pictures()), quantize(small_model())(pictures()))
+
+
+@SCHEMES
+def test_gradients_need_not_be_turned_off(scheme):
+    x = pictures()
+    model = quantize(small_model(), scheme, [x] * (scheme == "static"))
+    loaded = small_model()
+    prepare(loaded, model.state_dict())
+    loaded.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        want = model(x)
+    for network in (model, loaded, copy.deepcopy(model)):
+        assert torch.equal(network(x), want)
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_a_quantised_layer_is_exported():
+    model = quantize(nn.Sequential(nn.Conv2d(3, 6, 2, 2), nn.Flatten(2), nn.Linear(16, 4)).eval())
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+def test_numbers_follow_to_another_device_and_layers_keep_the_mode():
+    model = quantize(small_model(), "static", [pictures()])
+    assert not any(module.training for module in model.modules())
+    model.to("meta")
+    for layer in layers_of(model).values():
+        assert layer.weight.is_meta
+        assert layer.weight_scales.is_meta
+        assert layer.input_step.is_meta
+
+
+DAMAGE = [
+    *(("head.weight", lambda v, to=to: v.to(to), "must be int8") for to in (
+        torch.float32, torch.int32, torch.uint8, torch.bool, torch.float16)),
+    ("head.weight", lambda v: torch.full_like(v, -128), "within -127 to 127, and it holds -128"),
+    *((name, lambda v, to=to: v.to(to), "must be fp32") for name in ("head.weight_scales", "head.input_step")
+        for to in (torch.float64, torch.bfloat16, torch.int32, torch.complex64)),
+    *((name, lambda v, by=by: v * by, "finite numbers") for name in ("head.weight_scales", "head.input_step")
+        for by in (float("nan"), float("inf"))),
+    ("head.weight_scales", lambda v: -v, "must be 0 or more"),
+    ("head.weight_scales", lambda v: v[:-1], "must be fp32 of shape"),
+    ("head.weight_scales", lambda v: v[:, None], "must be fp32 of shape"),
+    ("head.input_step", lambda v: -v, "must be above 0"),
+    ("head.input_step", lambda v: v * 0, "must be above 0"),
+    ("head.input_step", lambda v: v * 0 + 1e-42, "inverse in fp32"),
+    *(("head.input_step", lambda v, count=count: v.expand(count), r"of shape \(\)") for count in (0, 1, 2)),
+    ("head.weight_scales", lambda v: None, "weight is int8, as only a weight"),
+    ("head.bias", lambda v: v.to(torch.int8), "bias is int8, as only a weight"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "damage", "words"), DAMAGE)
+def test_a_damaged_state_dict_is_refused_and_changes_nothing(name, damage, words):
+    state = quantize(small_model(), "static", [pictures()]).state_dict()
+    state[name] = damage(state[name])
+    fresh = small_model()
+    with pytest.raises(ValueError, match=rf"head.*{words}"):
+        prepare(fresh, {key: value for key, value in state.items() if value is not None})
+    assert not layers_of(fresh)
+
+
+def test_without_any_scales_a_state_dict_is_still_known_as_quantised():
+    state = quantize(small_model()).state_dict()
+    assert int8.is_quantized({key: value for key, value in state.items() if not key.endswith("weight_scales")})
 
 
 def test_a_quantised_model_is_not_trained():

@@ -135,13 +135,21 @@ def test_linear_takes_either_kind_of_weight(backend):
         (lambda x, w, b: (x, w._replace(scales=w.scales[:2]), b), "`weight.scales` must be"),
         (lambda x, w, b: (x, w._replace(scales=w.scales.double()), b), "`weight.scales` must be"),
         (lambda x, w, b: (x, w._replace(step=torch.ones(2)), b), "`weight.step` must be one number"),
+        (lambda x, w, b: (x, w._replace(step=torch.ones(1, 1, 1)), b), "`weight.step` must be one number"),
+        (lambda x, w, b: (x, w._replace(step=torch.ones(1)), b), r"of shape \(\)"),
+        (lambda x, w, b: (x, w._replace(step=torch.ones((), dtype=torch.float64)), b), "`weight.step` must be one"),
+        (lambda x, w, b: (x[0, 0], w, b), "`x` must have shape"),
+        (lambda x, w, b: (x, w._replace(values=w.values[:, :9]), b), "`x` must have shape"),
+        (lambda x, w, b: (x, w._replace(values=w.values[0]), b), "`weight` must be int8 of shape"),
         (lambda x, w, b: (x, w, b[:2]), "`bias` must have shape"),
     ],
 )
-def test_what_does_not_fit_is_named(change, words):
-    x, weight, bias = case(4, 10, 3)
+def test_what_does_not_fit_is_named(change, words, backend):
+    x, weight, bias = change(*case(4, 10, 3))
     with pytest.raises(ValueError, match=words):
-        int8_linear(*change(x, weight, bias))
+        int8_linear(x, weight, bias)
+    with pytest.raises(ValueError, match=words):  # nor may the op itself read beyond its arguments
+        torch.ops.mamba_ssm.int8_linear(x, weight.values, weight.scales, bias, weight.step)
 
 
 def test_more_inputs_than_a_sum_has_room_for_are_refused():

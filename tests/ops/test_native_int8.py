@@ -92,6 +92,16 @@ def test_several_blocks_are_one_call_and_plain_ones_another():
     assert torch.equal(residual, total)
 
 
+@pytest.mark.parametrize("name", ["in_proj", "out_proj", "x_proj", "x_proj_b"])
+@pytest.mark.parametrize("steps", [torch.ones(1), torch.ones(2), torch.ones(0)])
+@torch.no_grad()
+def test_a_step_of_another_shape_is_not_read(name, steps):
+    network, x = blocks_of(2, scheme="static")
+    getattr(network[1].mixer, name).input_step = steps
+    with pytest.raises(ValueError, match="must be one number"):
+        run_blocks(network, x, None)
+
+
 @torch.no_grad()
 def test_a_residual_that_is_not_there_and_few_and_many_rows():
     network, _ = blocks_of(2)

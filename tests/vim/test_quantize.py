@@ -127,6 +127,48 @@ def test_a_head_of_other_classes_is_named_or_dropped(quantized):
     assert not report.unexpected
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("head.input_step", torch.ones(2), r"head.input_step must be fp32 of shape \(\)"),
+        ("head.input_step", torch.ones(1), r"head.input_step must be fp32 of shape \(\)"),
+        ("head.input_step", torch.ones(0), r"head.input_step must be fp32 of shape \(\)"),
+        ("head.weight_scales", torch.ones(9), r"head.weight_scales must be fp32 of shape \(10,\)"),
+        ("head.weight", torch.ones(10, 9, dtype=torch.int8), r"head.weight is \(10, 9\), the model's is"),
+        ("head.weight", torch.ones(10, 64), "head.weight must be int8"),
+    ],
+)
+def test_a_damaged_head_is_named_without_a_word_of_classes(name, value, words, quantized):
+    state = {**read_checkpoint(str(quantized)).model, name: value}
+    with pytest.raises(CheckpointError, match=words) as caught:
+        load_weights(build_model("vim_pico_patch4_32", 10, None), state)
+    assert "classes" not in str(caught.value)
+
+
+def test_without_scales_int8_weights_are_no_plain_ones(quantized):
+    state = read_checkpoint(str(quantized)).model
+    state = {key: value for key, value in state.items() if not key.endswith("weight_scales")}
+    with pytest.raises(CheckpointError, match="beside its weight_scales"):
+        load_weights(build_model("vim_pico_patch4_32", 10, None), state)
+
+
+@pytest.mark.parametrize("folder", ["val", ""])
+def test_steps_are_found_on_class_folders(folder, digits, tmp_path, capsys):
+    words = ("--scheme", "static", "--calibrate", digits / folder)
+    code, _, err = call(capsys, "--checkpoint", WEIGHTS, "--output", tmp_path / "q.pth", *words)
+    assert code == 0
+    assert "Calibration: 10/10 images" in err
+
+
+def test_a_picture_that_is_not_there_is_no_fault_of_the_checkpoint(tmp_path, capsys):
+    for calibrate in (tmp_path / "none.png", tmp_path):
+        words = ("--scheme", "static", "--calibrate", calibrate)
+        code, _, err = call(capsys, "--checkpoint", WEIGHTS, "--output", tmp_path / "q.pth", *words)
+        assert code == 2
+        assert str(calibrate) in err.splitlines()[-1]
+        assert "cannot be quantized" not in err
+
+
 def test_another_model_is_named(quantized):
     state = {**read_checkpoint(str(quantized)).model, "strange.weight_scales": torch.ones(2)}
     with pytest.raises(CheckpointError, match="no layer strange"):
@@ -178,9 +220,11 @@ def test_other_sentences(quantized, tmp_path, capsys):
         ((tmp_path / "none.onnx", tmp_path / "q.pth"), "--output must end in .onnx"),
         ((tmp_path / "none.onnx", tmp_path / "q.onnx"), "none.onnx"),
         ((quantized, quantized), "is the checkpoint itself"),
+        (("", tmp_path / "q.pth"), "--checkpoint is empty"),
+        ((tmp_path / "none.onnx", tmp_path / "q.onnx", "--backend", "torch"), "leave --backend torch away"),
     ]
-    for (source, target), words in cases:
-        code, _, err = call(capsys, "--checkpoint", source, "--output", target)
+    for (source, target, *others), words in cases:
+        code, _, err = call(capsys, "--checkpoint", source, "--output", target, *others)
         assert (code, err.count("error: ")) == (2, 1)
         assert words in err
     code, _, err = call(capsys, "--checkpoint", WEIGHTS, "--output", tmp_path / "q.pth", "--scheme", "statik")
@@ -199,4 +243,5 @@ def test_an_onnx_file_is_quantized(digits, tmp_path, capsys):
     code, out, err = call(capsys, "--checkpoint", source, "--output", target, *words)
     assert code == 0, err
     assert "after: * Acc@1 100.000" in out
+    assert re.search("^measured with(out)? this project's operators", out, re.MULTILINE)
     assert target.is_file()

@@ -111,9 +111,11 @@ class Magnitudes:
 
     def __init__(self) -> None:
         self.counts = torch.zeros((self.MOST - self.LEAST) * self.PER_OCTAVE, dtype=torch.float64)
+        self.finite = True
 
     def __call__(self, x: Tensor) -> None:
-        """Count the numbers of `x`, which must be finite."""
+        """Count the numbers of `x`."""
+        self.finite = self.finite and bool(x.isfinite().all())
         place = (x.detach().float().abs().log2() - self.LEAST).mul(self.PER_OCTAVE).floor()
         found = place.clamp(0, self.counts.numel() - 1).nan_to_num(0).to(torch.int64).flatten()
         self.counts += torch.bincount(found.cpu(), minlength=self.counts.numel())
@@ -122,8 +124,12 @@ class Magnitudes:
         """The step whose rounding and saturation together have the least squared error.
 
         Raises:
-            ValueError: nothing but zeros was counted.
+            ValueError: nothing but zeros was counted, or a NaN or an infinity.
         """
+        if not self.finite:
+            raise ValueError(
+                "the calibration saw numbers that are not finite; calibrate with pictures, and a model, without them"
+            )
         if not bool(self.counts[1:].any()):
             raise ValueError(
                 "the calibration saw nothing but zeros; calibrate with pictures as the model will get them"
@@ -199,26 +205,36 @@ def quantize(
 
     Args:
         model: a Vim, a VMamba or another network of such layers, in fp32 and in evaluation mode. It cannot be trained
-            afterwards.
+            afterwards: none of its parameters asks for a gradient.
         scheme: "dynamic" or "static".
-        calibration: inputs of the model, batches as it takes them, which "static" runs it on.
+        calibration: a list or an iterator of inputs of the model, batches as it takes them, which "static" runs it on;
+            none for "dynamic".
         replacements: see `replace_layers`.
     Returns:
         `model`.
     Raises:
-        ValueError: an unknown scheme; a static one without calibration; a layer that the calibration did not reach, or
-            whose inputs were all zero; a model that has no layer to quantise, or has been quantised.
+        ValueError: an unknown scheme; a static one without calibration, or a dynamic one with it; a model that has no
+            layer to quantise, has been quantised or is in training mode. These leave the model as it was. A layer that
+            the calibration did not reach, or whose inputs were all zero or not finite: the model is quantised then,
+            with a step of each row, as is one that fails on a batch.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"`scheme` must be one of {', '.join(SCHEMES)}, got {scheme!r}")
     if layers_of(model):
         raise ValueError("the model is quantised already")
+    if any(module.training for module in model.modules()):
+        raise ValueError("the model is in training mode: call its eval() first, as a quantised one is for inference")
+    if isinstance(calibration, Tensor):
+        raise ValueError("`calibration` takes a list of batches, got one tensor: write [batch]")
     batches = iter(calibration)
     first = next(batches, None)
+    if scheme == "dynamic" and first is not None:
+        raise ValueError('`calibration` is for the scheme "static": a dynamic one takes its steps from each row')
     if scheme == "static" and first is None:
         raise ValueError("`calibration` must give inputs to a static scheme, as it takes its steps from them")
     if not replace_layers(model, replacements):
         raise ValueError(f"{type(model).__name__} has no linear layer or convolution to quantise")
+    model.requires_grad_(False)
     if scheme == "static":
         _calibrate(model, [first], batches)
     return model
@@ -237,17 +253,52 @@ def _calibrate(model: nn.Module, *parts: Iterable[Any]) -> None:
     finally:
         for layer in layers.values():
             layer.observe = None
-    for name, layer in layers.items():
+    steps = {}
+    for name in layers:
         try:
-            step = seen[name].best_step()
+            steps[name] = seen[name].best_step()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        layer.input_step = layer.weight_scales.new_tensor(step)
+    for name, layer in layers.items():
+        layer.input_step = layer.weight_scales.new_tensor(steps[name])
 
 
 def is_quantized(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is that of a quantised model."""
-    return any(name.endswith("weight_scales") for name in state)
+    """Whether a state dict is that of a quantised model, be it damaged."""
+    return any(name.endswith("weight_scales") or value.dtype is torch.int8 for name, value in state.items())
+
+
+def _check_state(state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a number of a quantised layer is not what `quantize` makes: loading would convert it."""
+    for name, value in state.items():
+        prefix, own = name[: name.rfind(".") + 1], name.rpartition(".")[2]
+        if own == "weight_scales":
+            weight = state.get(f"{prefix}weight")
+            _check_numbers(name, value, value.shape[:1] if weight is None else weight.shape[:1])
+            if bool((value < 0).any()):
+                raise ValueError(f"{name} must be 0 or more, got {float(value.min())}")
+            if weight is not None:
+                _check_levels(f"{prefix}weight", weight)
+        elif own == "input_step":
+            _check_numbers(name, value, torch.Size())
+            if not 0 < float(1 / value) < float("inf"):
+                raise ValueError(f"{name} must be above 0 and have an inverse in fp32, got {float(value)}")
+        elif value.dtype is torch.int8 and (own != "weight" or f"{prefix}weight_scales" not in state):
+            raise ValueError(f"{name} is int8, as only a weight beside its weight_scales may be")
+
+
+def _check_numbers(name: str, value: Tensor, shape: torch.Size) -> None:
+    if value.dtype is not torch.float32 or value.shape != shape:
+        raise ValueError(f"{name} must be fp32 of shape {tuple(shape)}, got {value.dtype} of {tuple(value.shape)}")
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{name} must hold finite numbers, and it holds a NaN or an infinity")
+
+
+def _check_levels(name: str, weight: Tensor) -> None:
+    if weight.dtype is not torch.int8:
+        raise ValueError(f"{name} must be int8, as it has scales, got {weight.dtype}")
+    if bool((weight < -LEVELS).any()):
+        raise ValueError(f"{name} must be within {-LEVELS} to {LEVELS}, and it holds {-LEVELS - 1}")
 
 
 def prepare(
@@ -255,9 +306,14 @@ def prepare(
 ) -> None:
     """Give a plain model the quantised layers that a state dict has values for; loading it is left to the caller.
 
+    No parameter of the model asks for a gradient then.
+
     Raises:
-        ValueError: the model has no such layer; names it.
+        ValueError: the model has no such layer; names it. Or the state dict is damaged: a weight that is not int8 from
+            -127 to 127 or has no scales, scales or a step of another shape or dtype than `quantize` makes, or that no
+            rounding can have; names the value, and the model stays as it was.
     """
+    _check_state(state)
     names = {name.removesuffix(".weight_scales") for name in state if name.endswith(".weight_scales")}
     names -= layers_of(model).keys()
     left = names - set(replace_layers(model, replacements, names))
@@ -265,4 +321,5 @@ def prepare(
         raise ValueError(f"the model has no layer {min(left)} that could be quantised")
     for name, layer in layers_of(model).items():
         if f"{name}.input_step" in state:
-            layer.input_step = torch.zeros(())
+            layer.input_step = layer.weight_scales.new_zeros(())
+    model.requires_grad_(False)

@@ -100,6 +100,7 @@ def _product(levels: Tensor, weight: Tensor) -> Tensor:
 
 @FAMILY.kernel("torch", "int8_linear")
 def _linear_torch(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, step: Tensor | None) -> Tensor:
+    _check(x, Int8Weight(weight, scales, step), bias)  # for those who call the op itself
     with torch.autocast(x.device.type, enabled=False):
         dtype = torch.promote_types(x.dtype, torch.float32)
         levels, steps = quantized_rows(x.to(dtype).flatten(0, -2) if x.dim() > 1 else x.to(dtype)[None], step)
@@ -109,7 +110,14 @@ def _linear_torch(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None
         return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
-FAMILY.compiled_kernel("native", "int8_linear", native.linear)
+def _linear_native(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, step: Tensor | None
+) -> Tensor | None:
+    _check(x, Int8Weight(weight, scales, step), bias)  # the kernel reads as many numbers as it expects
+    return native.linear(x, weight, scales, bias, step)
+
+
+FAMILY.compiled_kernel("native", "int8_linear", _linear_native)
 
 # --- public functions -----------------------------------------------------------------------------------------------
 
@@ -175,9 +183,9 @@ def _check(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> None:
         raise ValueError(
             f"`weight.scales` must be ({outputs},) fp32, got {tuple(weight.scales.shape)} {weight.scales.dtype}"
         )
-    if weight.step is not None and (weight.step.numel() != 1 or weight.step.dtype is not torch.float32):
+    if weight.step is not None and (weight.step.dim() or weight.step.dtype is not torch.float32):
         raise ValueError(
-            f"`weight.step` must be one number in fp32, got {tuple(weight.step.shape)} {weight.step.dtype}"
+            f"`weight.step` must be one number in fp32, of shape (), got {tuple(weight.step.shape)} {weight.step.dtype}"
         )
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"`bias` must have shape ({outputs},), got {tuple(bias.shape)}")

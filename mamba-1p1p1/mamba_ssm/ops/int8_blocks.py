@@ -141,7 +141,11 @@ def _fits(features: int, first: list[Any], own: list[Any], numbers: list[Any]) -
         return False
     if any(value is not None and value.dtype is not torch.float32 for value in numbers):
         return False
-    if any(scales.shape != weight.shape[:1] for scales, weight in zip(numbers[::2], weights, strict=True)):
+    if any(step is not None and step.dim() for step in numbers[1::2]):
+        return False
+    if any(
+        scales is None or scales.shape != weight.shape[:1] for scales, weight in zip(numbers[::2], weights, strict=True)
+    ):
         return False
     others = [value for place, value in enumerate(own) if place not in PLACES and value is not None]
     if any(value.dtype is torch.float64 for value in others):

@@ -9,6 +9,8 @@ and two flips in place of five copies. The arithmetic is the same.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 from causal_conv1d.backend import differentiates_forward
 from causal_conv1d.backend.memory import keep_freed_memory
 from causal_conv1d.conv1d import correlate
+from mamba_ssm.ops.int8 import Int8Weight
 from mamba_ssm.ops.mamba_inner_training import DirectionParameters
 from mamba_ssm.ops.selective_scan_native import fits
 from mamba_ssm.ops.selective_scan_torch import LOG2_E, Stacked, batch_slices, even_chunk, read_outs
@@ -26,8 +29,11 @@ def can_run(xz: Tensor, forward: DirectionParameters, backward: DirectionParamet
 
     And nothing asks for a derivative: buffers are written in place.
     """
-    given = [value for value in (xz, *forward, *backward) if value is not None]
-    if not xz.numel() or not forward.A_log.numel() or not fits(xz.shape[1] // 2, (*forward, *backward)):
+    parameters: list[Any] = [*forward, *backward]
+    if any(isinstance(value, Int8Weight) for value in parameters):
+        return False
+    given: list[Tensor] = [value for value in (xz, *parameters) if value is not None]
+    if not xz.numel() or not forward.A_log.numel() or not fits(xz.shape[1] // 2, parameters):
         return False
     if any((own is None) != (other is None) for own, other in zip(forward, backward, strict=True)):
         return False
@@ -61,7 +67,8 @@ class _BothDirections:
 
     def __init__(self, *directions: DirectionParameters) -> None:
         self.taps = torch.stack([own.conv1d_weight for own in directions]).transpose(1, 2)
-        self.x_proj = torch.stack([own.x_proj_weight for own in directions]).transpose(1, 2)
+        x_proj: list[Any] = [own.x_proj_weight for own in directions]  # not in int8, as `can_run` saw
+        self.x_proj = torch.stack(x_proj).transpose(1, 2)
         self.delta_proj = torch.stack([own.delta_proj_weight for own in directions]).transpose(1, 2)
         A_log = torch.stack([own.A_log for own in directions]).transpose(1, 2)
         self.exponent = A_log.exp().mul_(-LOG2_E)[:, None, None].contiguous()
