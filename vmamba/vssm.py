@@ -82,34 +82,20 @@ class VSSBlock(nn.Module):
         _SS2D: Layer = SS2D,
     ) -> None:
         super().__init__()
-        self.ssm_branch = ssm_ratio > 0
-        self.mlp_branch = mlp_ratio > 0
-        self.use_checkpoint = use_checkpoint
-        self.post_norm = post_norm
-        if self.ssm_branch:
-            self.norm = norm_layer(hidden_dim)
-            self.op = _SS2D(
-                d_model=hidden_dim,
-                d_state=ssm_d_state,
-                ssm_ratio=ssm_ratio,
-                dt_rank=ssm_dt_rank,
-                act_layer=ssm_act_layer,
-                d_conv=ssm_conv,
-                conv_bias=ssm_conv_bias,
-                dropout=ssm_drop_rate,
-                initialize=ssm_init,
-                forward_type=forward_type,
-                channel_first=channel_first,
-            )
+        self.post_norm, self.use_checkpoint = post_norm, use_checkpoint
+        self.ssm_branch, self.mlp_branch = ssm_ratio > 0, mlp_ratio > 0
         self.drop_path = DropPath(drop_path)
+        if self.ssm_branch:
+            sizes = {"ssm_ratio": ssm_ratio, "d_state": ssm_d_state, "dt_rank": ssm_dt_rank}
+            convolution = {"d_conv": ssm_conv, "conv_bias": ssm_conv_bias, "act_layer": ssm_act_layer}
+            scan = {"forward_type": forward_type, "initialize": ssm_init, "dropout": ssm_drop_rate}
+            self.norm = norm_layer(hidden_dim)
+            self.op = _SS2D(hidden_dim, channel_first=channel_first, **sizes, **convolution, **scan)
         if self.mlp_branch:
+            perceptron, inner = gMlp if gmlp else Mlp, int(hidden_dim * mlp_ratio)
             self.norm2 = norm_layer(hidden_dim)
-            self.mlp = (gMlp if gmlp else Mlp)(
-                hidden_dim,
-                int(hidden_dim * mlp_ratio),
-                act_layer=mlp_act_layer,
-                drop=mlp_drop_rate,
-                channels_first=channel_first,
+            self.mlp = perceptron(
+                hidden_dim, inner, act_layer=mlp_act_layer, drop=mlp_drop_rate, channels_first=channel_first
             )
 
     def forward(self, x: Tensor) -> Tensor:
