@@ -190,27 +190,11 @@ class VSSM(TimmMethods, nn.Module):
         if posembed:
             grid = (side // patch_size for side in self.img_size)
             self.pos_embed = nn.Parameter(trunc_normal_(torch.zeros(1, self.dims[0], *grid), std=0.02))
-        block = functools.partial(
-            VSSBlock,
-            norm_layer=self.norm_layer,
-            channel_first=self.channel_first,
-            ssm_d_state=ssm_d_state,
-            ssm_ratio=ssm_ratio,
-            ssm_dt_rank=ssm_dt_rank,
-            ssm_act_layer=choose("ssm_act_layer", ssm_act_layer, ACTIVATIONS),
-            ssm_conv=ssm_conv,
-            ssm_conv_bias=ssm_conv_bias,
-            ssm_drop_rate=ssm_drop_rate,
-            ssm_init=ssm_init,
-            forward_type=forward_type,
-            mlp_ratio=mlp_ratio,
-            mlp_act_layer=choose("mlp_act_layer", mlp_act_layer, ACTIVATIONS),
-            mlp_drop_rate=mlp_drop_rate,
-            gmlp=gmlp,
-            use_checkpoint=use_checkpoint,
-            _SS2D=_SS2D,
-        )
-        self.layers = self._stages(depths, drop_path_rate, downsample_version, block)
+        # The block's options have the names that they have here.
+        own = {name: options[name] for name in inspect.signature(VSSBlock).parameters if name in options}
+        own |= {name: choose(name, own[name], ACTIVATIONS) for name in ("ssm_act_layer", "mlp_act_layer")}
+        own |= {"norm_layer": self.norm_layer, "channel_first": self.channel_first}
+        self.layers = self._stages(depths, drop_path_rate, downsample_version, functools.partial(VSSBlock, **own))
         self.classifier: Any = nn.Sequential(
             OrderedDict(
                 norm=self.norm_layer(self.num_features),
